@@ -1,0 +1,118 @@
+"""Attribute kinds: how an op's attribute is checked, printed and parsed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moec.errors import ParseError
+from moec.ir.types import DTYPES, DType, as_dim, format_dim, parse_dim
+
+_WORD = re.compile(r"[A-Za-z_@*][\w.@*+-]*$")
+
+
+@dataclass(frozen=True)
+class Range:
+    """``first..last``, both included: the layers or experts that a loop runs for."""
+
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.last + 1))
+
+    def __str__(self) -> str:
+        return f"{self.first}..{self.last}"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of attribute. ``parse(print(v)) == v`` for every ``v`` that ``check`` accepts."""
+
+    name: str
+    check: Callable[[Any], bool]
+    print: Callable[[Any], str]
+    parse: Callable[[str], Any]
+
+
+def _parse_int(text: str) -> int:
+    return int(text)
+
+
+def _parse_bool(text: str) -> bool:
+    return {"true": True, "false": False}[text]
+
+
+def _print_str(value: str) -> str:
+    if _WORD.match(value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+_ESCAPE = re.compile(r"\\(.)")
+
+
+def _parse_str(text: str) -> str:
+    if text[:1] != '"':
+        return text
+    return _ESCAPE.sub(lambda m: "\n" if m[1] == "n" else m[1], text[1:-1])
+
+
+def _parse_range(text: str) -> Range:
+    first, last = text.split("..")
+    return Range(int(first), int(last))
+
+
+def _items(text: str) -> list[str]:
+    if text[0] != "[" or text[-1] != "]":
+        raise ParseError(f"{text!r} is no list")
+    return [item.strip() for item in text[1:-1].split(",") if item.strip()]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _all_ints(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_int, value))
+
+
+def _is_dim(value: Any) -> bool:
+    return _is_int(value) or hasattr(value, "free_symbols")
+
+
+INT = Kind("int", _is_int, str, _parse_int)
+FLOAT = Kind("float", lambda v: isinstance(v, float), repr, float)
+BOOL = Kind("bool", lambda v: isinstance(v, bool), lambda v: str(v).lower(), _parse_bool)
+STR = Kind("str", lambda v: isinstance(v, str), _print_str, _parse_str)
+DTYPE = Kind("dtype", lambda v: isinstance(v, DType), str, lambda t: DTYPES[t])
+RANGE = Kind("range", lambda v: isinstance(v, Range), str, _parse_range)
+INTS = Kind(
+    "ints",
+    _all_ints,
+    lambda v: f"[{','.join(map(str, v))}]",
+    lambda t: tuple(int(item) for item in _items(t)),
+)
+DIMS = Kind(
+    "dims",
+    lambda v: isinstance(v, tuple) and all(map(_is_dim, v)),
+    lambda v: f"[{','.join(map(format_dim, v))}]",
+    lambda t: tuple(as_dim(parse_dim(item)) for item in _items(t)),
+)
+BLOCK = Kind(
+    "block",
+    lambda v: _all_ints(v) and len(v) > 0,
+    lambda v: "x".join(map(str, v)),
+    lambda t: tuple(map(int, t.split("x"))),
+)
+
+
+def choice(*names: str) -> Kind:
+    """One of these words."""
+    return Kind("|".join(names), lambda v: v in names, str, str)

@@ -1,0 +1,81 @@
+"""FLOPs and compulsory bytes of ops, bodies and whole functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+from moec.ir.graph import Function, Module
+from moec.ir.op import Cost, Op, Param
+from moec.ir.ops.control import Loop
+from moec.ir.ops.moe import ExpertSlots
+from moec.ir.types import TensorType, symbol
+
+
+def op_cost(op: Op, module: Module | None = None) -> Cost:
+    """The cost of an op; a loop costs its body, once for each number of its range."""
+    if not isinstance(op, Loop):
+        return op.cost()
+    if module is None or op.callee not in module:
+        return Cost()
+    body = module[op.callee]
+    return function_cost(body, module).at(expected_rows(body, len(op.range))) * len(op.range)
+
+
+def function_cost(function: Function, module: Module | None = None) -> Cost:
+    total = Cost()
+    for op in function.ops:
+        total += op_cost(op, module)
+    return total
+
+
+def expected_rows(body: Function, runs: int) -> dict[Any, Any]:
+    """Rows that each of ``runs`` experts gets when they share all slots equally."""
+    return {
+        symbol(op.rows): sympy.Rational(1, runs) * op.id.type.numel
+        for op in body.ops
+        if isinstance(op, ExpertSlots)
+    }
+
+
+def parameters(module: Module, function: str) -> int:
+    """Elements of all parameters that ``function`` uses, its bodies included; a shared one counts once."""
+    sizes: dict[str, int] = {}
+
+    def walk(name: str, prefixes: list[str]) -> None:
+        body = module[name]
+        for param in body.params.values():
+            for prefix in prefixes:
+                sizes[prefix + param.name] = int(param_elements(param))
+        for op in body.ops:
+            if isinstance(op, Loop):
+                inner = [p + op.scope.replace("*", str(n), 1) + "." for p in prefixes for n in op.range]
+                walk(op.callee, inner)
+
+    walk(function, [""])
+    return sum(sizes.values())
+
+
+def param_elements(param: Param) -> Any:
+    return param.type.numel if isinstance(param.type, TensorType) else 0
+
+
+def short(value: float, unit: str) -> str:
+    """Three significant digits with a decimal prefix: ``15.0GF``, ``66.6MB``."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "K")):
+        if value >= 10**power:
+            scaled = value / 10**power
+            digits = 2 if scaled < 10 else 1 if scaled < 100 else 0
+            return f"{scaled:.{digits}f}{prefix}{unit}"
+    return f"{value:.0f}{unit}"
+
+
+def describe(cost: Cost, values: dict[Any, Any]) -> list[str]:
+    """``["15.0GF", "66.6MB"]`` at these values of the symbols; what stays symbolic or is zero is left out."""
+    at = cost.at(values)
+    found = []
+    for amount, unit in ((at.flops, "F"), (at.bytes, "B")):
+        if not amount.free_symbols and amount > 0:
+            found.append(short(float(amount), unit))
+    return found

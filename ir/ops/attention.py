@@ -1,0 +1,156 @@
+"""Attention over ragged sequences, and the paged cache that it reads."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from moec.ir.attrs import BOOL, FLOAT, INT, STR
+from moec.ir.op import Cost, Op, Value, attr, operand, result
+from moec.ir.types import CacheType, TensorType, symbol
+
+
+class PagedCache:
+    """The interpreter's KV cache: ``layers[l]`` is [slots, *entry]. Written by copy, never in place."""
+
+    def __init__(self, page: int, layers: dict[int, torch.Tensor]) -> None:
+        self.page, self.layers = page, layers
+
+
+def _cache(op: Op, value: Value) -> CacheType:
+    if not isinstance(value.type, CacheType):
+        raise op.mismatch(f"{value.text} is {value.type}, not a cache")
+    return value.type
+
+
+class CacheWrite(Op, name="cache_write"):
+    """Puts token n's entry into slot slot_mapping[n] of a layer's pages; a negative slot is skipped."""
+
+    cache = operand("cache")
+    layer = operand("index")
+    entry = operand("[N, *entry]")
+    slot_mapping = operand("[N] integers: page · page size + place")
+    out = result("cache")
+
+    def infer(self) -> CacheType:
+        cache, entry = _cache(self, self.cache), self.tensor(self.entry)
+        self.index(self.layer)
+        slots = self.tensor(self.slot_mapping, 1)
+        self.same("N", entry.shape[0], self.entry, slots.shape[0], self.slot_mapping)
+        if (entry.dtype, entry.shape[1:]) != (cache.dtype, cache.entry):
+            raise self.mismatch(f"{self.entry.text} is {entry}, which doesn't fit {cache}")
+        return cache
+
+    def cost(self) -> Cost:
+        return Cost(0, 2 * self.entry.type.nbytes + self.slot_mapping.type.nbytes)
+
+    @staticmethod
+    def reference(
+        cache: PagedCache, layer: int, entry: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> PagedCache:
+        pages = cache.layers[layer].clone()
+        for n, slot in enumerate(slot_mapping.tolist()):
+            if slot >= 0:
+                pages[slot] = entry[n]
+        return PagedCache(cache.page, {**cache.layers, layer: pages})
+
+
+class CacheRead(Op, name="cache_read"):
+    """Gathers every sequence's entries of a layer, one sequence after the other."""
+
+    cache = operand("cache")
+    layer = operand("index")
+    block_table = operand("[B, P] page numbers; those beyond a sequence's length are never read")
+    seq_lens = operand("[B] entries of each sequence, new ones included")
+    rows = attr(STR, "S", doc="the symbol that counts the gathered entries")
+    entries = result("[S, *entry]")
+
+    def infer(self) -> TensorType:
+        cache = _cache(self, self.cache)
+        self.index(self.layer)
+        table, lens = self.tensor(self.block_table, 2), self.tensor(self.seq_lens, 1)
+        self.same("B", table.shape[0], self.block_table, lens.shape[0], self.seq_lens)
+        return TensorType(cache.dtype, (symbol(self.rows), *cache.entry))
+
+    def cost(self) -> Cost:
+        return Cost(0, 2 * self.results[0].type.nbytes + self.block_table.type.nbytes)
+
+    @staticmethod
+    def reference(
+        cache: PagedCache, layer: int, block_table: torch.Tensor, seq_lens: torch.Tensor, *, rows: str
+    ) -> torch.Tensor:
+        pages = cache.layers[layer]
+        picked = []
+        for table, length in zip(block_table.tolist(), seq_lens.tolist()):
+            for position in range(length):
+                picked.append(table[position // cache.page] * cache.page + position % cache.page)
+        return pages[torch.tensor(picked, dtype=torch.long)]
+
+
+class Attention(Op, name="attention"):
+    """softmax(scale · q·kᵀ) · v within each sequence, the softmax in fp32.
+
+    Sequence b owns rows cu_q[b]:cu_q[b+1] of q and cu_k[b]:cu_k[b+1] of k and v. Its queries are the last positions of
+    its keys: with ``causal``, query i of n sees keys up to (keys - n + i), with ``window`` > 0 only the last ``window``
+    of these. Query heads share key heads in equal groups.
+    """
+
+    q = operand("[N, heads, D]")
+    k = operand("[S, kv_heads, D]")
+    v = operand("[S, kv_heads, V]")
+    cu_q = operand("[B+1] offsets")
+    cu_k = operand("[B+1] offsets")
+    scale = attr(FLOAT)
+    causal = attr(BOOL, True)
+    window = attr(INT, 0, doc="0: all keys")
+    o = result("[N, heads, V]")
+
+    def infer(self) -> TensorType:
+        q, k, v = self.tensor(self.q, 3), self.tensor(self.k, 3), self.tensor(self.v, 3)
+        self.same("D", q.shape[2], self.q, k.shape[2], self.k)
+        self.same("S", k.shape[0], self.k, v.shape[0], self.v)
+        self.same("kv_heads", k.shape[1], self.k, v.shape[1], self.v)
+        self.same("the dtype", q.dtype, self.q, k.dtype, self.k)
+        self.same("the offsets", self.tensor(self.cu_q, 1), self.cu_q, self.tensor(self.cu_k, 1), self.cu_k)
+        if q.shape[1] % k.shape[1]:
+            raise self.mismatch(f"{q.shape[1]} query heads can't share {k.shape[1]} key heads equally")
+        return q.with_(shape=(*q.shape[:2], v.shape[2]))
+
+    def cost(self) -> Cost:
+        q, k, v = self.q.type, self.k.type, self.v.type
+        sequences = self.cu_q.type.shape[0] - 1
+        pairs = q.shape[0] * k.shape[0] / sequences  # as if all sequences were of one length
+        return Cost(2 * pairs * q.shape[1] * (q.shape[2] + v.shape[2]), self.moved_bytes())
+
+    @staticmethod
+    def reference(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_q: torch.Tensor,
+        cu_k: torch.Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        window: int,
+    ) -> torch.Tensor:
+        out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+        group = q.shape[1] // k.shape[1]
+        for b in range(len(cu_q) - 1):
+            q0, q1, k0, k1 = int(cu_q[b]), int(cu_q[b + 1]), int(cu_k[b]), int(cu_k[b + 1])
+            if q0 == q1 or k0 == k1:
+                continue
+            qb = q[q0:q1].float().transpose(0, 1)  # [heads, n, D]
+            kb = k[k0:k1].float().transpose(0, 1).repeat_interleave(group, dim=0)
+            vb = v[k0:k1].float().transpose(0, 1).repeat_interleave(group, dim=0)
+            scores = qb @ kb.transpose(1, 2) * scale
+            if causal or window:
+                at = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None]
+                key = torch.arange(k1 - k0)[None]
+                hidden = key > at if causal else torch.zeros(1, dtype=torch.bool)
+                if window:
+                    hidden = hidden | (key <= at - window)
+                scores = scores.masked_fill(hidden, -math.inf)
+            out[q0:q1] = (scores.softmax(-1) @ vb).transpose(0, 1).to(q.dtype)
+        return out

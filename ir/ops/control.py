@@ -1,0 +1,55 @@
+"""Bodies that run once a layer or once an expert, and the return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.ir.attrs import INT, RANGE, STR
+from moec.ir.op import Op, attr, operand
+
+
+class Return(Op, name="return"):
+    """Ends a function and says what it returns."""
+
+    values = operand("any", variadic=True)
+
+    def infer(self) -> Any:
+        return ()
+
+
+class Loop(Op):
+    """A body run for each number of a range, over carried values and invariants.
+
+    The first results' worth of operands are carried: the body takes them after its index and returns their successors;
+    the other operands reach every run unchanged. ``scope`` goes before the body's parameter names, its ``*`` standing
+    for the number. The interpreter and the code generators run the body; it has no reference of its own.
+    """
+
+    range_name = ""
+    values = operand("carried values, then invariants", variadic=True)
+    callee = attr(STR, doc="the body, a function")
+    carry = attr(INT, 0, hidden=True, doc="how many operands are carried: as many as there are results")
+    scope = attr(STR, "", doc="prefix of the body's parameters; * is the loop's number")
+
+    def infer(self) -> Any:
+        if self.carry > len(self.operands):
+            raise self.mismatch(f"returns {self.carry} values but takes {len(self.operands)}")
+        return tuple(v.type for v in self.values[: self.carry])
+
+    @property
+    def range(self) -> Any:
+        return self.attrs[self.range_name]
+
+
+class Call(Loop, name="call"):
+    """One body for a range of decoder layers: streams and caches are carried, positions and tables are not."""
+
+    range_name = "layers"
+    layers = attr(RANGE, doc="the layers, both ends included")
+
+
+class ForEach(Loop, name="for_each"):
+    """One body for each expert. What the naive MoE layer is made of; expert-grouping takes it apart."""
+
+    range_name = "experts"
+    experts = attr(RANGE, doc="the experts, both ends included")

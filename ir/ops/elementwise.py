@@ -1,0 +1,148 @@
+"""Pointwise ops. They compute in fp32 and round once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moec.ir.attrs import DTYPE, FLOAT, choice
+from moec.ir.op import Cost, Op, attr, operand, result
+from moec.ir.types import Dim, TensorType, as_dim
+
+
+class Binary(Op):
+    """Pointwise over two tensors of one dtype, shapes broadcast as in NumPy."""
+
+    a = operand("[...]")
+    b = operand("[...], broadcastable")
+    y = result("[...]")
+
+    def infer(self) -> TensorType:
+        a, b = self.tensor(self.a), self.tensor(self.b)
+        self.same("the dtype", a.dtype, self.a, b.dtype, self.b)
+        wide, narrow = (a, b) if a.rank >= b.rank else (b, a)
+        pad = wide.rank - narrow.rank
+        shape = list(wide.shape)
+        for i, size in enumerate(narrow.shape):
+            if shape[pad + i] == 1:
+                shape[pad + i] = size
+            elif size not in (1, shape[pad + i]):
+                raise self.mismatch(f"axis {i} is {size} in {narrow} but {shape[pad + i]} in {wide}")
+        return TensorType(a.dtype, tuple(shape), wide.groups)
+
+    def cost(self) -> Cost:
+        return Cost(self.results[0].type.numel, self.moved_bytes())
+
+
+class Add(Binary, name="add"):
+    """a + b."""
+
+    @staticmethod
+    def reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.float() + b.float()).to(a.dtype)
+
+
+class Mul(Binary, name="mul"):
+    """a · b."""
+
+    @staticmethod
+    def reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.float() * b.float()).to(a.dtype)
+
+
+class Unary(Op):
+    """Pointwise over one tensor."""
+
+    x = operand("[...]")
+    y = result("[...]")
+
+    def infer(self) -> TensorType:
+        return self.tensor(self.x)
+
+    def cost(self) -> Cost:
+        return Cost(self.results[0].type.numel, self.moved_bytes())
+
+
+class Sigmoid(Unary, name="sigmoid"):
+    """1 / (1 + exp(-x))."""
+
+    @staticmethod
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(x.float()).to(x.dtype)
+
+
+class Clamp(Unary, name="clamp"):
+    """min(max(x, lo), hi): OLMoE's clip_qkv."""
+
+    lo = attr(FLOAT)
+    hi = attr(FLOAT)
+
+    @staticmethod
+    def reference(x: torch.Tensor, *, lo: float, hi: float) -> torch.Tensor:
+        return x.clamp(lo, hi)
+
+
+class Cast(Unary, name="cast"):
+    """x in another dtype, rounded to nearest even."""
+
+    to = attr(DTYPE)
+
+    def infer(self) -> TensorType:
+        return self.tensor(self.x).with_(dtype=self.to)
+
+    @staticmethod
+    def reference(x: torch.Tensor, *, to: Any) -> torch.Tensor:
+        return x.to(to.torch)
+
+
+class ZerosLike(Unary, name="zeros_like"):
+    """Zeros of x's shape: where a sum starts."""
+
+    dtype = attr(DTYPE)
+
+    def infer(self) -> TensorType:
+        return self.tensor(self.x).with_(dtype=self.dtype)
+
+    def cost(self) -> Cost:
+        return Cost(0, self.results[0].type.nbytes)
+
+    @staticmethod
+    def reference(x: torch.Tensor, *, dtype: Any) -> torch.Tensor:
+        return torch.zeros(x.shape, dtype=dtype.torch)
+
+
+class SwiGLU(Op, name="swiglu"):
+    """act(gate) · up. With one operand its last axis holds gate, then up (Shazeer 2020, GLU variants)."""
+
+    gate = operand("[..., I], or [..., 2·I] as gate then up")
+    up = operand("[..., I]", optional=True)
+    act = attr(choice("silu", "gelu", "gelu_tanh"), "silu")
+    h = result("[..., I]")
+
+    def infer(self) -> TensorType:
+        gate = self.tensor(self.gate)
+        if self.up is not None:
+            up = self.tensor(self.up)
+            if gate != up:
+                raise self.mismatch(f"{self.gate.text} is {gate} but {self.up.text} is {up}")
+            return gate
+        width: Dim = gate.shape[-1]
+        if not isinstance(width, int) or width % 2:
+            raise self.mismatch(f"{self.gate.text} is {gate}: its last axis must be even")
+        return gate.with_(shape=(*gate.shape[:-1], as_dim(width // 2)))
+
+    def cost(self) -> Cost:
+        return Cost(5 * self.results[0].type.numel, self.moved_bytes())
+
+    @staticmethod
+    def reference(gate: torch.Tensor, up: torch.Tensor | None = None, *, act: str) -> torch.Tensor:
+        if up is None:
+            gate, up = gate.chunk(2, dim=-1)
+        gate32 = gate.float()
+        if act == "silu":
+            activated = gate32 * torch.sigmoid(gate32)
+        else:
+            activated = F.gelu(gate32, approximate="tanh" if act == "gelu_tanh" else "none")
+        return (activated * up.float()).to(gate.dtype)

@@ -1,0 +1,255 @@
+"""Routing, and the experts' products: naive (one expert at a time) and grouped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moec.ir.attrs import BOOL, DTYPE, FLOAT, INT, STR, choice
+from moec.ir.op import Cost, Op, attr, operand, result
+from moec.ir.types import TensorType, as_dim, f32, i32, symbol
+
+
+class Route(Op, name="route"):
+    """Scores the experts of each token and picks k; equal scores go to the lower id.
+
+    The bias takes part in choosing, not in the weights (Wang et al. 2024, loss-free balancing). With ``groups``, the
+    experts are that many equal runs, of which only the best ``topk_groups`` may be chosen from: ``group_score`` says
+    how a group is scored, ``masked`` what the experts of other groups become (V2: 0, V3: -inf).
+    ``renorm`` divides by the sum + 1e-20, ``scale`` multiplies last.
+    """
+
+    logits = operand("[T, E] fp32 or the model's dtype")
+    bias = operand("[E] fp32", optional=True)
+    score = attr(choice("softmax", "sigmoid"))
+    k = attr(INT)
+    renorm = attr(BOOL, False)
+    scale = attr(FLOAT, 1.0)
+    groups = attr(INT, 1)
+    topk_groups = attr(INT, 1)
+    group_score = attr(choice("max", "top2sum"), "max")
+    masked = attr(choice("zero", "neginf"), "neginf")
+    dtype = attr(DTYPE, f32, doc="what the weights are rounded to")
+    w = result("[T, k] weights, best first")
+    id = result("[T, k] int32 expert ids")
+
+    def infer(self) -> tuple[TensorType, TensorType]:
+        logits = self.tensor(self.logits, 2)
+        tokens, experts = logits.shape
+        if self.bias is not None:
+            self.same("E", experts, self.logits, self.tensor(self.bias, 1).shape[0], self.bias)
+        if not isinstance(experts, int) or not 0 < self.k <= experts:
+            raise self.mismatch(f"k is {self.k} of {experts} experts")
+        if experts % self.groups or not 0 < self.topk_groups <= self.groups:
+            raise self.mismatch(f"{experts} experts in {self.groups} groups, {self.topk_groups} of them kept")
+        if self.group_score == "top2sum" and self.groups > 1 and experts // self.groups < 2:
+            raise self.mismatch("a group of one expert has no two best")
+        if self.masked == "neginf" and self.k > experts // self.groups * self.topk_groups:
+            raise self.mismatch(
+                f"k is {self.k}, but the groups allow {experts // self.groups * self.topk_groups}"
+            )
+        return TensorType(self.dtype, (tokens, self.k)), TensorType(i32, (tokens, self.k))
+
+    def cost(self) -> Cost:
+        return Cost(6 * self.logits.type.numel, self.moved_bytes())
+
+    @staticmethod
+    def reference(
+        logits: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        score: str,
+        k: int,
+        renorm: bool,
+        scale: float,
+        groups: int,
+        topk_groups: int,
+        group_score: str,
+        masked: str,
+        dtype: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = logits.float().softmax(-1) if score == "softmax" else logits.float().sigmoid()
+        choice = scores if bias is None else scores + bias.float()
+        tokens, experts = scores.shape
+        if groups > 1:
+            by_group = choice.view(tokens, groups, experts // groups)
+            best = by_group.sort(dim=-1, descending=True).values
+            group = best[..., :2].sum(-1) if group_score == "top2sum" else best[..., 0]
+            kept = group.sort(dim=-1, descending=True, stable=True).indices[:, :topk_groups]
+            allowed = torch.zeros(tokens, groups, dtype=torch.bool).scatter_(1, kept, True)
+            allowed = allowed.repeat_interleave(experts // groups, dim=1)
+            if masked == "zero":
+                scores = scores.masked_fill(~allowed, 0.0)
+            choice = choice.masked_fill(~allowed, 0.0 if masked == "zero" else -torch.inf)
+        ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        weights = scores.gather(1, ids)
+        if renorm:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return (weights * scale).to(dtype.torch), ids.to(torch.int32)
+
+
+class ExpertSlots(Op, name="expert_slots"):
+    """The slots t·k + j, in order, in which token t's j-th choice is this expert."""
+
+    id = operand("[T, k] int32")
+    expert = operand("index")
+    rows = attr(STR, "R", doc="the symbol that counts them")
+    slot = result("[R] int32")
+
+    def infer(self) -> TensorType:
+        self.tensor(self.id, 2)
+        self.index(self.expert)
+        return TensorType(i32, (symbol(self.rows),))
+
+    @staticmethod
+    def reference(id: torch.Tensor, expert: int, *, rows: str) -> torch.Tensor:
+        return (id.flatten() == expert).nonzero().flatten().to(torch.int32)
+
+
+class SortByExpert(Op, name="sort_by_expert"):
+    """All slots t·k + j, sorted by expert and within one by slot; ids outside [0, E) are left out at the end.
+
+    Expert e owns rows off[e]:off[e+1] of the sorted order.
+    """
+
+    id = operand("[T, k] int32")
+    experts = attr(INT)
+    slot = result("[T·k] int32")
+    off = result("[E+1] int32")
+
+    def infer(self) -> tuple[TensorType, TensorType]:
+        id = self.tensor(self.id, 2)
+        return TensorType(i32, (id.numel,), groups=self.experts), TensorType(i32, (self.experts + 1,))
+
+    @staticmethod
+    def reference(id: torch.Tensor, *, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = id.flatten().long()
+        flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
+        slot = flat.sort(stable=True).indices.to(torch.int32)
+        count = torch.bincount(flat, minlength=experts + 1)[:experts]
+        return slot, torch.cat([count.new_zeros(1), count.cumsum(0)]).to(torch.int32)
+
+
+class GatherRows(Op, name="gather_rows"):
+    """Row slot // per_row of x for each slot: each token once for each of its experts."""
+
+    x = operand("[T, H]")
+    slot = operand("[R] int32")
+    per_row = attr(INT)
+    rows = result("[R, H]")
+
+    def infer(self) -> TensorType:
+        x, slot = self.tensor(self.x, 2), self.tensor(self.slot, 1)
+        return TensorType(x.dtype, (slot.shape[0], x.shape[1]), slot.groups)
+
+    def cost(self) -> Cost:
+        return Cost(0, self.x.type.nbytes + self.slot.type.nbytes + self.results[0].type.nbytes)
+
+    @staticmethod
+    def reference(x: torch.Tensor, slot: torch.Tensor, *, per_row: int) -> torch.Tensor:
+        return x[slot.long() // per_row]
+
+
+class ScatterAdd(Op, name="scatter_add"):
+    """acc with w[slot] · row added at row slot // per_row, in fp32."""
+
+    acc = operand("[T, H] fp32")
+    rows = operand("[R, H]")
+    slot = operand("[R] int32")
+    w = operand("[T, k]")
+    per_row = attr(INT)
+    out = result("[T, H] fp32")
+
+    def infer(self) -> TensorType:
+        acc, rows = self.tensor(self.acc, 2), self.tensor(self.rows, 2)
+        self.same("R", rows.shape[0], self.rows, self.tensor(self.slot, 1).shape[0], self.slot)
+        self.same("H", acc.shape[1], self.acc, rows.shape[1], self.rows)
+        self.same("T", acc.shape[0], self.acc, self.tensor(self.w, 2).shape[0], self.w)
+        return acc
+
+    def cost(self) -> Cost:
+        return Cost(2 * self.rows.type.numel, self.moved_bytes() + self.rows.type.nbytes)
+
+    @staticmethod
+    def reference(
+        acc: torch.Tensor, rows: torch.Tensor, slot: torch.Tensor, w: torch.Tensor, *, per_row: int
+    ) -> torch.Tensor:
+        slot = slot.long()
+        weighted = rows.float() * w.float().flatten()[slot][:, None]
+        return acc.index_add(0, slot // per_row, weighted.to(acc.dtype))
+
+
+class GroupedLinear(Op, name="grouped_linear"):
+    """Rows off[e]:off[e+1] of x times the weights of expert e; rows that no expert owns come out as zeros."""
+
+    x = operand("[R~E, K]")
+    w = operand("[E, N, K]")
+    off = operand("[E+1] int32")
+    y = result("[R~E, N]")
+
+    def infer(self) -> TensorType:
+        x, w, off = self.tensor(self.x, 2), self.tensor(self.w, 3), self.tensor(self.off, 1)
+        self.same("K", x.shape[1], self.x, w.shape[2], self.w)
+        self.same("the dtype", x.dtype, self.x, w.dtype, self.w)
+        self.same("E", as_dim(w.shape[0] + 1), self.w, off.shape[0], self.off)
+        return TensorType(x.dtype, (x.shape[0], w.shape[1]), w.shape[0])
+
+    def cost(self) -> Cost:
+        return Cost(2 * self.x.type.numel * self.w.type.shape[1], self.moved_bytes())
+
+    @staticmethod
+    def reference(x: torch.Tensor, w: torch.Tensor, off: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros(x.shape[0], w.shape[1], dtype=torch.float32)
+        for e in range(w.shape[0]):
+            rows = slice(int(off[e]), int(off[e + 1]))
+            y[rows] = x[rows].float() @ w[e].float().t()
+        return y.to(x.dtype)
+
+
+class Combine(Op, name="combine"):
+    """y[t] = Σ_j w[t, j] · rows[place of slot t·k + j], summed in the order of j in fp32 and rounded once.
+
+    ``plus`` is added before the rounding: the shared expert's output.
+    """
+
+    rows = operand("[T·k~E, H]")
+    slot = operand("[T·k] int32")
+    w = operand("[T, k]")
+    plus = operand("[T, H]", optional=True)
+    order = attr(choice("slot"), "slot")
+    to = attr(DTYPE, None, doc="dtype of the result, that of rows where it is left out")
+    y = result("[T, H]")
+
+    def infer(self) -> TensorType:
+        rows, w = self.tensor(self.rows, 2), self.tensor(self.w, 2)
+        self.same("T·k", rows.shape[0], self.rows, w.numel, self.w)
+        self.same("T·k", rows.shape[0], self.rows, self.tensor(self.slot, 1).shape[0], self.slot)
+        y = TensorType(self.to or rows.dtype, (w.shape[0], rows.shape[1]))
+        if self.plus is not None and self.tensor(self.plus).shape != y.shape:
+            raise self.mismatch(f"{self.plus.text} is {self.plus.type}, the result {y}")
+        return y
+
+    def cost(self) -> Cost:
+        return Cost(2 * self.rows.type.numel, self.moved_bytes())
+
+    @staticmethod
+    def reference(
+        rows: torch.Tensor,
+        slot: torch.Tensor,
+        w: torch.Tensor,
+        plus: torch.Tensor | None = None,
+        *,
+        order: str,
+        to: Any,
+    ) -> torch.Tensor:
+        tokens, k = w.shape
+        by_slot = torch.zeros(tokens * k, rows.shape[1], dtype=torch.float32)
+        by_slot[slot.long()] = rows.float()
+        by_slot = by_slot.view(tokens, k, -1)
+        y = torch.zeros(tokens, rows.shape[1], dtype=torch.float32)
+        for j in range(k):
+            y = y + w[:, j, None].float() * by_slot[:, j]
+        if plus is not None:
+            y = y + plus.float()
+        return y.to(to.torch if to is not None else rows.dtype)

@@ -1,0 +1,31 @@
+"""Normalisation."""
+
+from __future__ import annotations
+
+import torch
+
+from moec.ir.attrs import FLOAT
+from moec.ir.op import Cost, Op, attr, operand, result
+from moec.ir.types import TensorType
+
+
+class RMSNorm(Op, name="rms_norm"):
+    """x / sqrt(mean(x²) + eps) · w over the last axis, in fp32 and rounded once (Zhang and Sennrich 2019)."""
+
+    x = operand("[..., K]")
+    w = operand("[K]")
+    eps = attr(FLOAT)
+    y = result("[..., K]")
+
+    def infer(self) -> TensorType:
+        x, w = self.tensor(self.x), self.tensor(self.w, 1)
+        self.same("K", x.shape[-1], self.x, w.shape[0], self.w)
+        return x
+
+    def cost(self) -> Cost:
+        return Cost(4 * self.x.type.numel, self.moved_bytes())
+
+    @staticmethod
+    def reference(x: torch.Tensor, w: torch.Tensor, *, eps: float) -> torch.Tensor:
+        x32 = x.float()
+        return (x32 / torch.sqrt(x32.square().mean(-1, keepdim=True) + eps) * w.float()).to(x.dtype)

@@ -1,0 +1,305 @@
+"""IR as text, both ways. One op a line; ``;`` starts derived information::
+
+    moec.ir 1 module @tiny target=cpu sym={N<=8192}
+    func @step(%ids: i64[N]) -> bf16[N,64]
+      param $embed.weight: bf16[256,64]
+      %h = embedding(%ids, $embed.weight) : bf16[N,64] ; 2.10MB model.py:12
+      return %h
+    end
+
+A module of one function has its two header lines in one: ``moec.ir 1 func @moe(...) -> ... target=...``. Costs are
+given at the symbols' bounds. The parser takes no meaning from what follows ``;`` but keeps an op's source line and the
+rule that made it, so that print, parse, print is the identity.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moec.errors import IRError, MoecError, ParseError, SourceLoc
+from moec.ir.cost import describe, op_cost
+from moec.ir.graph import Function, Module
+from moec.ir.op import Op, Value, op_class
+from moec.ir.ops.control import Loop, Return
+from moec.ir.types import parse_type
+
+VERSION = 1
+_NAME = r"[A-Za-z_][\w.-]*"
+_HEADER = re.compile(
+    rf"moec\.ir (\d+) (?:module @({_NAME})|(func .*?))((?: target=\S+)?)((?: sym=\{{[^}}]*\}})?)$"
+)
+_FUNC = re.compile(rf"func @({_NAME})\((.*)\) -> (.*)$")
+_OP = re.compile(rf"(?:(%.*?) = )?({_NAME})(?: @({_NAME}))?\((.*)\)$")
+
+
+# Printing.
+def print_module(module: Module, derived: bool = True) -> str:
+    """The whole module; without ``derived``, what stands behind ``;`` is left out."""
+    header = f"moec.ir {VERSION} "
+    tail = f" target={module.target}" if module.target else ""
+    if module.bounds:
+        tail += " sym={" + ",".join(f"{n}<={v}" for n, v in sorted(module.bounds.items())) + "}"
+    functions = list(module)
+    if len(functions) == 1 and functions[0].name == module.name:
+        lines = _function_lines(functions[0], module, derived)
+        return header + lines[0] + tail + "\n" + "\n".join(lines[1:]) + "\n"
+    blocks = [header + f"module @{module.name}" + tail]
+    blocks += ["\n".join(_function_lines(f, module, derived)) for f in functions]
+    return "\n\n".join(blocks) + "\n"
+
+
+def print_function(function: Function, module: Module | None = None, derived: bool = True) -> str:
+    return "\n".join(_function_lines(function, module, derived)) + "\n"
+
+
+def print_op(op: Op) -> str:
+    """One op without what is derived."""
+    if isinstance(op, Return):
+        return " ".join(["return", ", ".join(_operand(v) for v in op.operands)]).rstrip()
+    left = ", ".join(r.text for r in op.results)
+    target = f"{op.name} @{op.callee}" if isinstance(op, Loop) else op.name
+    operands = list(op.operands)
+    while operands and operands[-1] is None:
+        operands.pop()
+    text = f"{left} = " if left else ""
+    text += f"{target}({', '.join(_operand(v) for v in operands)})"
+    shown = {
+        key: spec.kind.print(op.attrs[key])
+        for key, spec in sorted(op.attr_specs.items())
+        if key != "callee" and not spec.hidden and (spec.required or op.attrs[key] != spec.default)
+    }
+    if shown:
+        text += " {" + ", ".join(f"{k}={v}" for k, v in shown.items()) + "}"
+    if op.results:
+        text += " : " + ", ".join(str(r.type) for r in op.results)
+    return text
+
+
+def _operand(value: Value | None) -> str:
+    return "_" if value is None else value.text
+
+
+def _function_lines(function: Function, module: Module | None, derived: bool) -> list[str]:
+    args = ", ".join(f"{a.text}: {a.type}" for a in function.args)
+    outputs = [str(v.type) for v in function.outputs]
+    result = outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"
+    lines = [f"func @{function.name}({args}) -> {result}"]
+    lines += [f"  param {p.text}: {p.type}" for p in function.params.values()]
+    bounds = module.bound_values() if module is not None else {}
+    for op in function.ops:
+        notes = _derived(op, module, bounds) if derived else []
+        lines.append(f"  {print_op(op)}" + (f" ; {' '.join(notes)}" if notes else ""))
+    if function.terminator is not None:
+        lines.append(f"  {print_op(function.terminator)}")
+    return [*lines, "end"]
+
+
+def _derived(op: Op, module: Module | None, bounds: dict[Any, Any]) -> list[str]:
+    notes = describe(op_cost(op, module), bounds)
+    if op.loc is not None and op.loc.line:
+        notes.append(op.loc.short)
+    if op.origin:
+        notes.append(f"<{op.origin}")
+    return notes
+
+
+# Parsing.
+def parse_module(text: str, file: str = "<ir>") -> Module:
+    """The module that the text describes. Raises a MoecError that names the line."""
+    return _Parser(text, file).module()
+
+
+def read_module(path: Path | str) -> Module:
+    """The module in a file. Raises ParseError where it can't be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParseError(f"can't read the IR: {error}") from None
+    return parse_module(text, str(path))
+
+
+class _Parser:
+    def __init__(self, text: str, file: str) -> None:
+        self.file = file
+        self.lines = [
+            (number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()
+        ]
+        self.at = 0
+        self.line_number = 0
+
+    def next(self) -> str:
+        if self.at == len(self.lines):
+            raise self.error("the text ends inside a function: no 'end'")
+        self.line_number, line = self.lines[self.at]
+        self.at += 1
+        return line
+
+    def error(self, message: str) -> ParseError:
+        return ParseError(message, loc=SourceLoc(self.file, self.line_number))
+
+    def module(self) -> Module:
+        try:
+            return self._module()
+        except MoecError as error:
+            raise error.at(SourceLoc(self.file, self.line_number)) from None
+
+    def _module(self) -> Module:
+        if not self.lines:
+            raise self.error("empty: IR starts with 'moec.ir 1'")
+        header = _HEADER.match(self.next())
+        if header is None:
+            raise self.error("IR starts with 'moec.ir 1 module @name' or 'moec.ir 1 func @name(...) -> ...'")
+        version, name, single, target, bounds = header.groups()
+        if int(version) != VERSION:
+            raise self.error(f"this is IR version {version}; this moec reads version {VERSION}")
+        module = Module(name or "", target.removeprefix(" target="))
+        for part in split_top(bounds[6:-1]) if bounds else []:
+            symbol_name, _, bound = part.partition("<=")
+            module.bounds[symbol_name] = int(bound)
+        if single:
+            module.name = module.add(self._function(single)).name
+        while self.at < len(self.lines):
+            module.add(self._function(self.next()))
+        return module
+
+    def _function(self, line: str) -> Function:
+        match = _FUNC.match(strip_derived(line)[0])
+        if match is None:
+            raise self.error("expected 'func @name(%arg: type, ...) -> type'")
+        name, args, result = match.groups()
+        pairs = []
+        for part in split_top(args):
+            arg, colon, type_text = part.partition(":")
+            if not colon or arg[0] != "%":
+                raise self.error(f"{part!r} is no argument: '%name: type' is")
+            pairs.append((arg[1:], parse_type(type_text)))
+        function = Function(name, pairs)
+        values: dict[str, Value] = {a.text: a for a in function.args}
+        while (line := self.next()) != "end":
+            body, derived = strip_derived(line)
+            if body.startswith("param "):
+                param_name, _, type_text = body[len("param ") :].partition(":")
+                param = function.param(param_name[1:], parse_type(type_text))
+                values[param.text] = param
+            elif body.split(" ")[0] == "return":
+                function.ret(*self._operands(body[len("return") :], values))  # type: ignore[arg-type]
+            else:
+                self._op(function, body, derived, values)
+        written = [parse_type(t) for t in split_top(result[1:-1] if result[:1] == "(" else result)]
+        returned = [v.type for v in function.outputs]
+        if written != returned:
+            raise IRError(f"@{name} says it returns {result}, but returns ({', '.join(map(str, returned))})")
+        return function
+
+    def _operands(self, text: str, values: dict[str, Value]) -> list[Value | None]:
+        found: list[Value | None] = []
+        for part in split_top(text):
+            if part != "_" and part not in values:
+                raise self.error(f"{part} isn't defined above")
+            found.append(None if part == "_" else values[part])
+        return found
+
+    def _op(self, function: Function, body: str, derived: str, values: dict[str, Value]) -> None:
+        rest, types = _cut_outside(body, " : ")
+        rest, attrs_text = _cut_attrs(rest)
+        match = _OP.match(rest)
+        if match is None:
+            raise self.error(
+                f"{body!r} is no op: '%result = name(%operand, ...) {{attribute=value}} : type' is"
+            )
+        left, op_name, callee, args = match.groups()
+        names = split_top(left or "")
+        cls = op_class(op_name)
+        attrs = self._attrs(cls, attrs_text)
+        if callee is not None:
+            attrs |= {"callee": callee, "carry": len(names)}
+        op = cls(self._operands(args, values), attrs)
+        op.loc, op.origin = _parse_derived(derived)
+        for result_name in names:
+            if result_name in values:
+                raise self.error(f"{result_name} is defined twice")
+        function.create(op, [n[1:] for n in names])
+        if len(op.results) != len(names):
+            raise self.error(f"{op_name} has {len(op.results)} results, not {len(names)}")
+        written = [parse_type(t) for t in split_top(types)]
+        for res, type in zip(op.results, written, strict=False):
+            if res.type != type:
+                raise op.mismatch(f"{res.text} is written as {type} but is {res.type}")
+        if len(written) != len(names):
+            raise self.error(f"{len(names)} results but {len(written)} types")
+        values.update((r.text, r) for r in op.results)
+
+    def _attrs(self, cls: type[Op], text: str) -> dict[str, Any]:
+        attrs = {}
+        for part in split_top(text):
+            key, equals, value = part.partition("=")
+            if not equals:
+                raise self.error(f"{part!r} is no attribute: 'name=value' is")
+            spec = cls.attr_specs.get(key)
+            if spec is None:
+                attrs[key] = value  # the op refuses it, naming the nearest
+                continue
+            try:
+                attrs[key] = spec.kind.parse(value)
+            except (ValueError, KeyError, IndexError):
+                raise self.error(f"{cls.name}: {key}={value} is no {spec.kind.name}") from None
+        return attrs
+
+
+def _characters(text: str) -> Iterator[tuple[int, str, int]]:
+    """Position, character and bracket depth of what lies outside quotes."""
+    depth, quoted, escaped = 0, False, False
+    for i, c in enumerate(text):
+        if quoted:
+            quoted = escaped or c != '"'
+            escaped = c == "\\" and not escaped
+            continue
+        if c == '"':
+            quoted = True
+            continue
+        if c in "([{<" and text[i : i + 2] != "<=":
+            depth += 1
+        elif c in ")]}>" and text[i - 1 : i + 1] != "->":
+            depth -= 1
+        yield i, c, depth
+
+
+def split_top(text: str) -> list[str]:
+    """Parts between commas that no bracket or quote encloses."""
+    cuts = [i for i, c, depth in _characters(text) if c == "," and depth == 0]
+    parts = [text[a:b].strip() for a, b in zip([0, *(c + 1 for c in cuts)], [*cuts, len(text)])]
+    return [p for p in parts if p]
+
+
+def strip_derived(line: str) -> tuple[str, str]:
+    """The line's meaning, and what follows its ``;``."""
+    for i, c, _ in _characters(line):
+        if c == ";":
+            return line[:i].rstrip(), line[i + 1 :].strip()
+    return line, ""
+
+
+def _cut_outside(text: str, mark: str) -> tuple[str, str]:
+    for i, _, depth in _characters(text):
+        if depth == 0 and text.startswith(mark, i):
+            return text[:i], text[i + len(mark) :]
+    return text, ""
+
+
+def _cut_attrs(text: str) -> tuple[str, str]:
+    for i, c, depth in _characters(text):
+        if c == "{" and depth == 1:
+            return text[:i].rstrip(), text[i + 1 : text.rindex("}")]
+    return text, ""
+
+
+_LINE = re.compile(r"(?:^|\s)(\S+\.\w+):(\d+)(?=\s|$)")
+
+
+def _parse_derived(text: str) -> tuple[SourceLoc | None, str]:
+    notes, _, origin = text.partition("<")
+    match = _LINE.search(notes)
+    return (SourceLoc(match[1], int(match[2])) if match else None), origin.strip()

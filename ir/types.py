@@ -1,0 +1,262 @@
+"""Types of IR values: dtypes, symbolic shapes, ragged groups, block scales, caches.
+
+Text forms::
+
+    bf16[N,7168]                a tensor; N is a symbol
+    bf16[8*N~256,7168]          8·N rows in 256 groups
+    f8e4m3[2048,7168]@s128x128  block scales of 128 × 128 travel with the tensor
+    bf16[256@ep,2048,7168]      axis 0 is split over mesh axis ep
+    bf16[4096]@host             lives in host memory
+    cache<bf16[576], page=64>   paged KV cache: entries of 576 elements, 64 to a page
+    index                       the number of a layer or an expert, inside a loop's body
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Union
+
+import sympy
+
+from moec.errors import ParseError
+
+Dim = Union[int, sympy.Expr]
+
+
+@dataclass(frozen=True)
+class DType:
+    """A dtype by its short name; ``bits`` may be below 8 for packed ones."""
+
+    name: str
+    bits: int
+    torch_name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    __repr__ = __str__
+
+    @property
+    def is_float(self) -> bool:
+        return self.name[0] in "bf"
+
+    @property
+    def torch(self) -> Any:
+        import torch
+
+        return getattr(torch, self.torch_name)
+
+    @staticmethod
+    def of(name: str) -> DType:
+        """By short name (``bf16``) or torch's (``bfloat16``). Raises KeyError for neither."""
+        return DTYPES.get(name) or _BY_TORCH[name.removeprefix("torch.")]
+
+
+DTYPES = {
+    name: DType(name, bits, torch_name)
+    for name, bits, torch_name in [
+        ("f64", 64, "float64"),
+        ("f32", 32, "float32"),
+        ("bf16", 16, "bfloat16"),
+        ("f16", 16, "float16"),
+        ("f8e4m3", 8, "float8_e4m3fn"),
+        ("f8e5m2", 8, "float8_e5m2"),
+        ("f4e2m1", 4, "float4_e2m1fn_x2"),
+        ("i64", 64, "int64"),
+        ("i32", 32, "int32"),
+        ("i8", 8, "int8"),
+        ("u8", 8, "uint8"),
+        ("bool", 8, "bool"),
+    ]
+}
+_BY_TORCH = {d.torch_name: d for d in DTYPES.values()}
+f32, bf16, f16, i64, i32 = (DTYPES[n] for n in ("f32", "bf16", "f16", "i64", "i32"))
+
+
+@lru_cache(maxsize=None)
+def symbol(name: str) -> sympy.Symbol:
+    """The symbol of that name: a non-negative integer, the same object every time."""
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def as_dim(value: Any) -> Dim:
+    """An int where the expression is one, else the sympy expression."""
+    if isinstance(value, str):
+        return parse_dim(value)
+    if isinstance(value, int):
+        return value
+    return int(value) if value.is_Integer else value
+
+
+def format_dim(dim: Dim) -> str:
+    return str(dim).replace(" ", "")
+
+
+_DIM_OPS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def parse_dim(text: str) -> Dim:
+    """``8*N+1`` and the like: integers, symbols, ``+ - * //`` and brackets, nothing else."""
+
+    def walk(node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Name):
+            return symbol(node.id)
+        if isinstance(node, ast.BinOp) and type(node.op) in _DIM_OPS:
+            return _DIM_OPS[type(node.op)](walk(node.left), walk(node.right))
+        raise ParseError(f"{text!r} is no dimension: integers, symbols, + - * // and brackets are")
+
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        raise ParseError(f"{text!r} is no dimension") from None
+    return as_dim(walk(tree))
+
+
+def product(dims: Any) -> Dim:
+    out: Dim = 1
+    for dim in dims:
+        out = out * dim
+    return as_dim(out)
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """``dtype[shape]``, with what else a kernel must know of the tensor.
+
+    groups      number of ragged row groups along axis 0 (``R~256``), None for a plain tensor
+    scale       block shape of the scales that travel with a quantised tensor
+    placement   mesh axis per tensor axis, ``((0, "ep"),)``
+    space       memory space, None for the device's own
+    """
+
+    dtype: DType
+    shape: tuple[Dim, ...]
+    groups: Dim | None = None
+    scale: tuple[int, ...] | None = None
+    placement: tuple[tuple[int, str], ...] = ()
+    space: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(as_dim(d) for d in self.shape))
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def numel(self) -> Dim:
+        return product(self.shape)
+
+    @property
+    def nbytes(self) -> Any:
+        """Bytes of the elements and their scales (fp32, one a block); symbolic where the shape is."""
+        size = sympy.Rational(self.dtype.bits, 8) * self.numel
+        if self.scale:
+            blocks = product(
+                sympy.ceiling(sympy.sympify(d) / b)
+                for d, b in zip(self.shape[-len(self.scale) :], self.scale)
+            )
+            size += 4 * blocks * product(self.shape[: -len(self.scale)])
+        return size
+
+    def with_(self, **changes: Any) -> TensorType:
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        places = dict(self.placement)
+        dims = [format_dim(d) + (f"@{places[i]}" if i in places else "") for i, d in enumerate(self.shape)]
+        if self.groups is not None:
+            dims[0] += f"~{format_dim(self.groups)}"
+        text = f"{self.dtype}[{','.join(dims)}]"
+        if self.scale:
+            text += "@s" + "x".join(map(str, self.scale))
+        return text + (f"@{self.space}" if self.space else "")
+
+
+@dataclass(frozen=True)
+class CacheType:
+    """A paged KV cache over all layers: SSA state, threaded through every op that reads or writes it.
+
+    entry is what one token keeps in one layer (V3's MLA: the 576 latent elements); page is tokens a page.
+    """
+
+    dtype: DType
+    entry: tuple[int, ...]
+    page: int
+
+    @property
+    def entry_bytes(self) -> int:
+        return self.dtype.bits * int(product(self.entry)) // 8
+
+    def __str__(self) -> str:
+        return f"cache<{self.dtype}[{','.join(map(str, self.entry))}], page={self.page}>"
+
+
+@dataclass(frozen=True)
+class TokenType:
+    """Order without data: randomness, collectives."""
+
+    kind: str
+
+    def __str__(self) -> str:
+        return f"token<{self.kind}>"
+
+
+@dataclass(frozen=True)
+class IndexType:
+    """A loop's number: the layer or the expert that a body runs for."""
+
+    def __str__(self) -> str:
+        return "index"
+
+
+Type = Union[TensorType, CacheType, TokenType, IndexType]
+STATE_TYPES = (CacheType, TokenType)
+
+_TENSOR = re.compile(r"(\w+)\[([^\]]*)\](@s\d+(?:x\d+)*)?(?:@(\w+))?$")
+_CACHE = re.compile(r"cache<(\w+)\[([\d,]+)\], ?page=(\d+)>$")
+
+
+def parse_type(text: str) -> Type:
+    """The inverse of ``str(type)``. Raises ParseError."""
+    text = text.strip()
+    if text == "index":
+        return IndexType()
+    if match := re.fullmatch(r"token<(\w+)>", text):
+        return TokenType(match[1])
+    try:
+        if match := _CACHE.match(text):
+            return CacheType(DTYPES[match[1]], tuple(map(int, match[2].split(","))), int(match[3]))
+        if match := _TENSOR.match(text):
+            dtype, dims, scale, space = match.groups()
+            return _tensor(DTYPES[dtype], dims, scale, space)
+    except KeyError as error:
+        raise ParseError(f"no dtype is called {error.args[0]!r}; there are {', '.join(DTYPES)}") from None
+    raise ParseError(f"{text!r} is no type")
+
+
+def _tensor(dtype: DType, dims: str, scale: str | None, space: str | None) -> TensorType:
+    shape: list[Dim] = []
+    groups: Dim | None = None
+    placement: list[tuple[int, str]] = []
+    for axis, part in enumerate(dims.split(",") if dims else []):
+        if "~" in part:
+            part, group_text = part.split("~")
+            groups = parse_dim(group_text)
+        if "@" in part:
+            part, mesh_axis = part.split("@")
+            placement.append((axis, mesh_axis))
+        shape.append(parse_dim(part))
+    block = tuple(map(int, scale[2:].split("x"))) if scale else None
+    return TensorType(dtype, tuple(shape), groups, block, tuple(placement), space)

@@ -1,0 +1,110 @@
+"""What every module must satisfy. A pass that breaks it is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import networkx as nx
+
+from moec.errors import IRError
+from moec.ir.graph import Function, Module
+from moec.ir.op import Op, Value
+from moec.ir.ops.control import Loop, Return
+from moec.ir.types import STATE_TYPES, IndexType, TensorType, Type, symbol
+
+_VALUE_NAME = re.compile(r"[A-Za-z_][\w.-]*$")
+
+
+def verify(module: Module) -> None:
+    """Raises IRError, or the op's own TypeMismatch, at the first thing that is wrong."""
+    graph = module.call_graph()
+    for missing in set(graph) - set(module.functions):
+        raise IRError(f"@{missing} is run by a loop but isn't there")
+    if not nx.is_directed_acyclic_graph(graph):
+        raise IRError(
+            "functions run each other in a circle: " + " -> ".join(f"@{e[0]}" for e in nx.find_cycle(graph))
+        )
+    for function in module:
+        _verify_function(function, module)
+
+
+def _verify_function(function: Function, module: Module) -> None:
+    if function.terminator is None:
+        raise IRError(f"@{function.name} doesn't return")
+    names: set[str] = set()
+    for value in (*function.args, *(r for op in function.ops for r in op.results)):
+        if not _VALUE_NAME.match(value.name):
+            raise IRError(f"@{function.name}: {value.name!r} is no name")
+        if value.name in names:
+            raise IRError(f"@{function.name}: {value.text} is defined twice")
+        names.add(value.name)
+    known = {s for arg in function.args for s in _symbols(arg.type)} | {symbol(n) for n in module.bounds}
+    for op in function.ops:
+        inferred = op.infer()
+        types = inferred if isinstance(inferred, tuple) else (inferred,)
+        for res, type in zip(op.results, types, strict=True):
+            if res.type != type:
+                raise op.mismatch(f"{res.text} is {res.type} but its operands make it {type}")
+        if "rows" in op.attrs:
+            known.add(symbol(op.attrs["rows"]))
+        for res in op.results:
+            for unknown in set(_symbols(res.type)) - known:
+                raise IRError(
+                    f"@{function.name}: nothing defines the symbol {unknown} of {res!r}", loc=op.loc
+                )
+        if isinstance(op, Loop):
+            _verify_loop(op, module)
+    for value in _states(function):
+        _verify_state(function, value)
+
+
+def _symbols(type: Type) -> Iterator[object]:
+    if isinstance(type, TensorType):
+        for dim in type.shape:
+            if not isinstance(dim, int):
+                yield from dim.free_symbols
+
+
+def _verify_loop(op: Loop, module: Module) -> None:
+    body = module[op.callee]
+    carried = [v.type for v in op.values[: op.carry]]
+    want = [IndexType(), *(v.type for v in op.values)]
+    have = [a.type for a in body.args]
+    if want != have:
+        raise op.mismatch(f"passes ({_list(want)}) to @{body.name}, which takes ({_list(have)})")
+    if carried != [v.type for v in body.outputs]:
+        raise op.mismatch(
+            f"@{body.name} returns ({_list(v.type for v in body.outputs)}), not ({_list(carried)})"
+        )
+    if op.scope.count("*") > 1:
+        raise op.mismatch(f"scope {op.scope} has more than one *")
+
+
+def _list(types: object) -> str:
+    return ", ".join(map(str, types))  # type: ignore[call-overload]
+
+
+def _states(function: Function) -> Iterator[Value]:
+    for value in (*function.args, *(r for op in function.ops for r in op.results)):
+        if isinstance(value.type, STATE_TYPES):
+            yield value
+
+
+def _verify_state(function: Function, value: Value) -> None:
+    """State has one successor, and whoever reads it does so before."""
+    users = function.users(value)
+    takers = [op for op in users if consumes(op, value)]
+    if len(takers) > 1:
+        raise IRError(
+            f"@{function.name}: {value.text} has two successors, by {takers[0]!r} and {takers[1]!r}"
+        )
+    if takers and users[-1] is not takers[0]:
+        raise IRError(
+            f"@{function.name}: {value.text} is read by {users[-1]!r} after {takers[0]!r} has replaced it"
+        )
+
+
+def consumes(op: Op, value: Value) -> bool:
+    """Whether ``op`` ends this version of the state."""
+    return isinstance(op, Return) or any(res.type == value.type for res in op.results)
