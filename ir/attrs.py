@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
+
+import sympy
 
 from moec.errors import ParseError
 from moec.ir.types import DTYPES, DType, as_dim, format_dim, parse_dim
 
-_WORD = re.compile(r"[A-Za-z_@*][\w.@*+-]*$")
+_WORD = re.compile(r"[A-Za-z_@*][\w.@*+-]*")
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True)
 class Range:
-    """``first..last``, both included: the layers or experts that a loop runs for."""
+    """``first..last``, both included: the layers or experts that a loop runs for. ``0..-1`` is empty."""
 
     first: int
     last: int
@@ -49,19 +54,16 @@ def _parse_bool(text: str) -> bool:
 
 
 def _print_str(value: str) -> str:
-    if _WORD.match(value):
-        return value
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
-
-
-_ESCAPE = re.compile(r"\\(.)")
+    return value if _WORD.fullmatch(value) else json.dumps(value)
 
 
 def _parse_str(text: str) -> str:
-    if text[:1] != '"':
+    if _WORD.fullmatch(text):
         return text
-    return _ESCAPE.sub(lambda m: "\n" if m[1] == "n" else m[1], text[1:-1])
+    value = json.loads(text)
+    if not isinstance(value, str):
+        raise ValueError(f"{text} is no string")
+    return value
 
 
 def _parse_range(text: str) -> Range:
@@ -72,7 +74,7 @@ def _parse_range(text: str) -> Range:
 def _items(text: str) -> list[str]:
     if text[0] != "[" or text[-1] != "]":
         raise ParseError(f"{text!r} is no list")
-    return [item.strip() for item in text[1:-1].split(",") if item.strip()]
+    return [item.strip() for item in text[1:-1].split(",")] if text[1:-1].strip() else []
 
 
 def _is_int(value: Any) -> bool:
@@ -84,15 +86,25 @@ def _all_ints(value: Any) -> bool:
 
 
 def _is_dim(value: Any) -> bool:
-    return _is_int(value) or hasattr(value, "free_symbols")
+    return _is_int(value) or isinstance(value, sympy.Expr)
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, Range) and 0 <= value.first <= value.last + 1
 
 
 INT = Kind("int", _is_int, str, _parse_int)
-FLOAT = Kind("float", lambda v: isinstance(v, float), repr, float)
+FLOAT = Kind("float", lambda v: isinstance(v, float) and v == v, repr, float)
 BOOL = Kind("bool", lambda v: isinstance(v, bool), lambda v: str(v).lower(), _parse_bool)
 STR = Kind("str", lambda v: isinstance(v, str), _print_str, _parse_str)
 DTYPE = Kind("dtype", lambda v: isinstance(v, DType), str, lambda t: DTYPES[t])
-RANGE = Kind("range", lambda v: isinstance(v, Range), str, _parse_range)
+SYMBOL = Kind(
+    "symbol",
+    lambda v: isinstance(v, str) and bool(_SYMBOL.fullmatch(v)) and not iskeyword(v),
+    str,
+    str,
+)
+RANGE = Kind("range", _is_range, str, _parse_range)
 INTS = Kind(
     "ints",
     _all_ints,
@@ -107,7 +119,7 @@ DIMS = Kind(
 )
 BLOCK = Kind(
     "block",
-    lambda v: _all_ints(v) and len(v) > 0,
+    lambda v: _all_ints(v) and len(v) > 0 and min(v) > 0,
     lambda v: "x".join(map(str, v)),
     lambda t: tuple(map(int, t.split("x"))),
 )

@@ -1,30 +1,32 @@
 """How a block writes IR: ``b.rms_norm(x, b.param("norm.weight", (H,)), eps=1e-6, out="x")``.
 
-There is a method for each op of the registry: operands by position, attributes by keyword, ``out`` names the results.
+There is a method for each op of the registry: operands by position, attributes by keyword, ``out`` names the
+results.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moec.errors import SourceLoc, SpecError
+from moec.errors import SourceLoc, SpecError, nearest
 from moec.ir.attrs import Range
 from moec.ir.graph import Function, Module
 from moec.ir.op import Param, Value, op_class
-from moec.ir.types import Dim, DType, IndexType, TensorType, Type
+from moec.ir.types import STATE_TYPES, Dim, DType, IndexType, TensorType, Type
 
-_HERE = str(Path(__file__).parent)
+_HERE = Path(__file__).parent
 
 
 def caller() -> SourceLoc:
     """The nearest line outside this folder: the one in the block that asked for an op."""
     frame = sys._getframe(1)
     while frame.f_back is not None and (
-        str(Path(frame.f_code.co_filename).parent).startswith(_HERE)
+        _HERE in Path(frame.f_code.co_filename).parents
         or frame.f_code.co_filename.startswith("<")
         or frame.f_code.co_filename.endswith("contextlib.py")
     ):
@@ -34,14 +36,83 @@ def caller() -> SourceLoc:
     return SourceLoc(frame.f_code.co_filename, frame.f_lineno, where)
 
 
+def stem(name: str) -> str:
+    """A value's name without the numbers that made it unique in its function: ``h`` of ``h.2``."""
+    return re.sub(r"(?:\.\d+)+$", "", name)
+
+
+class Context:
+    """Values that blocks share without handing them on: rotary tables, offsets, the cache, the layer's
+    number.
+
+    A body that asks for a value of the function around it receives it as one more invariant. ``inputs`` are
+    arguments that the outermost function takes once they are asked for.
+    """
+
+    def __init__(self, builder: Builder, outer: Context | None, inputs: Mapping[str, Type]) -> None:
+        self.builder, self.outer, self.inputs = builder, outer, inputs
+        self.captured: list[Value] = []
+        self._values: dict[str, Value] = {}
+
+    @property
+    def root(self) -> Context:
+        """The outermost function's."""
+        return self if self.outer is None else self.outer.root
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values or name in self.inputs or (self.outer is not None and name in self.outer)
+
+    def __getitem__(self, name: str) -> Value:
+        if name not in self._values:
+            self._values[name] = self._from_outside(name)
+        return self._values[name]
+
+    def __setitem__(self, name: str, value: Value) -> None:
+        self._values[name] = value
+
+    def _from_outside(self, name: str) -> Value:
+        if name in self.inputs:
+            return self.builder.function.add_argument(name, self.inputs[name])
+        if self.outer is None:
+            known = [*self._values, *self.inputs]
+            raise SpecError(f"the context has no {name}{nearest(name, known)}", loc=caller())
+        value = self.outer[name]
+        if isinstance(value.type, STATE_TYPES):
+            raise SpecError(f"{name} is state: a loop must carry it into its body", loc=caller())
+        self.captured.append(value)
+        return self.builder.function.add_argument(stem(value.name), value.type)
+
+    def succeed(self, before: Sequence[Value], after: Sequence[Value]) -> None:
+        """From now on a name of ``before[i]`` stands for ``after[i]``."""
+        successor = dict(zip(before, after, strict=True))
+        self._values = {name: successor.get(value, value) for name, value in self._values.items()}
+
+    def enter(self, operands: Sequence[Value], arguments: Sequence[Value], outer: Context) -> None:
+        """What a loop passes by hand keeps its name inside."""
+        inside = dict(zip(operands, arguments, strict=False))
+        for name, value in outer._values.items():
+            if value in inside:
+                self._values[name] = inside[value]
+
+
 class Builder:
     """Appends ops to one function.
 
-    ``dtype`` is the model's: what parameters get unless another is asked for. ``module`` receives loop bodies.
+    ``dtype`` is the model's: what parameters get unless another is asked for. ``module`` receives loop
+    bodies.
     """
 
-    def __init__(self, module: Module, function: Function, dtype: DType, scope: str = "") -> None:
+    def __init__(
+        self,
+        module: Module,
+        function: Function,
+        dtype: DType,
+        scope: str = "",
+        outer: Context | None = None,
+        inputs: Mapping[str, Type] | None = None,
+    ) -> None:
         self.module, self.function, self.dtype = module, function, dtype
+        self.context = Context(self, outer, inputs or {})
         self._scope = scope
 
     def __getattr__(self, op_name: str) -> Callable[..., Any]:
@@ -96,11 +167,13 @@ class Builder:
         ``body(b, index, *carried, *invariants)`` writes it, once, and returns the carried values' successors.
         """
         operands = (*carried, *invariants)
-        types: list[tuple[str, Type]] = [(f"{op_class(kind).range_name[:-1]}", IndexType())]  # type: ignore[attr-defined]
-        types += [(v.name, v.type) for v in operands]
+        index = op_class(kind).range_name[:-1]  # type: ignore[attr-defined]
+        types: list[tuple[str, Type]] = [(index, IndexType()), *((stem(v.name), v.type) for v in operands)]
         inner = Function(name, types)
         self.module.add(inner)
-        outputs = tuple(body(Builder(self.module, inner, self.dtype), *inner.args))
+        b = Builder(self.module, inner, self.dtype, outer=self.context)
+        b.context.enter(operands, inner.args[1:], self.context)
+        outputs = tuple(body(b, *inner.args))
         for before, after in zip(carried, outputs, strict=True):
             if before.type != after.type:
                 raise SpecError(
@@ -108,7 +181,7 @@ class Builder:
                     loc=caller(),
                 )
         inner.ret(*outputs)
-        return self.run(kind, inner, numbers, scope, carried, invariants, out)
+        return self.run(kind, inner, numbers, scope, carried, (*invariants, *b.context.captured), out)
 
     def run(
         self,
@@ -122,7 +195,9 @@ class Builder:
     ) -> tuple[Value, ...]:
         """A ``call`` or ``for_each`` of a body that exists."""
         cls = op_class(kind)
-        attrs = {"callee": body.name, "carry": len(carried), "scope": self._scope + scope}
+        attrs = {"callee": body.name, "carry": len(carried), "scope": (self._scope + scope).rstrip(".")}
         attrs[cls.range_name] = numbers  # type: ignore[attr-defined]
         op = cls((*carried, *invariants), attrs, caller())
-        return self.function.create(op, out or [v.name for v in carried]).results
+        results = self.function.create(op, out or [stem(v.name) for v in carried]).results
+        self.context.succeed(carried, results)
+        return results

@@ -50,7 +50,7 @@ def parameters(module: Module, function: str) -> int:
                 sizes[prefix + param.name] = int(param_elements(param))
         for op in body.ops:
             if isinstance(op, Loop):
-                inner = [p + op.scope.replace("*", str(n), 1) + "." for p in prefixes for n in op.range]
+                inner = [p + op.prefix(n) for p in prefixes for n in op.range]
                 walk(op.callee, inner)
 
     walk(function, [""])
@@ -63,12 +63,13 @@ def param_elements(param: Param) -> Any:
 
 def short(value: float, unit: str) -> str:
     """Three significant digits with a decimal prefix: ``15.0GF``, ``66.6MB``."""
-    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "K")):
-        if value >= 10**power:
-            scaled = value / 10**power
-            digits = 2 if scaled < 10 else 1 if scaled < 100 else 0
-            return f"{scaled:.{digits}f}{prefix}{unit}"
-    return f"{value:.0f}{unit}"
+    if value < 999.5:
+        return f"{value:.0f}{unit}"
+    digits, exponent = f"{value:.2e}".split("e")
+    thousands, shift = divmod(int(exponent), 3)
+    thousands, shift = (thousands, shift) if thousands <= 4 else (4, int(exponent) - 12)
+    scaled = float(digits) * 10**shift
+    return f"{scaled:.{max(2 - shift, 0)}f}{' KMGT'[thousands]}{unit}"
 
 
 def describe(cost: Cost, values: dict[Any, Any]) -> list[str]:

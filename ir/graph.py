@@ -1,8 +1,8 @@
 """Functions and modules. A function is a networkx graph behind a typed API: the only way in.
 
-Nodes are ops, arguments and parameters; an edge from producer to user carries the operand's number as its key. The
-order of operands lives in the op. Ops keep the order in which they were made, repaired topologically where a rewrite
-used a later value, so that rewrites need not care where they insert.
+Nodes are ops, arguments and parameters; an edge from producer to user carries the operand's number as its
+key. The order of operands lives in the op. Ops keep the order in which they were made, repaired topologically
+where a rewrite used a later value, so that rewrites need not care where they insert.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import networkx as nx
 
-from moec.errors import IRError, SourceLoc
+from moec.errors import IRError, MoecError, SourceLoc
 from moec.ir.op import Argument, Op, OpResult, Param, Value
-from moec.ir.ops.control import Return
-from moec.ir.types import Dim, Type, as_dim
+from moec.ir.ops.control import Loop, Return
+from moec.ir.types import STATE_TYPES, Dim, Type, as_dim, symbol
 
 Node = Any  # Op | Argument | Param
 
@@ -52,13 +52,34 @@ class Function:
         """Every op but the return, producers before users."""
         if not self._sorted:
             rank = {op: i for i, op in enumerate(self._order)}
-            order = nx.lexicographical_topological_sort(self._graph, key=lambda n: rank.get(n, -1))
+            graph = self._with_reads_first()
+            order = nx.lexicographical_topological_sort(graph, key=lambda n: rank.get(n, -1))
             try:
                 self._order = [n for n in order if isinstance(n, Op)]
             except nx.NetworkXUnfeasible:
                 raise IRError(f"@{self.name}: an op depends on its own result") from None
             self._sorted = True
         return [op for op in self._order if not isinstance(op, Return)]
+
+    def _with_reads_first(self) -> nx.MultiDiGraph:
+        """The graph with an edge from each reader of a state to the op that replaces the state."""
+        extra = []
+        for value in self.values():
+            if isinstance(value.type, STATE_TYPES):
+                users = self.users(value)
+                takers = [op for op in users if consumes(op, value)]
+                extra += [(reader, taker) for taker in takers for reader in users if reader not in takers]
+        if not extra:
+            return self._graph
+        graph = self._graph.copy()
+        graph.add_edges_from(extra)
+        return graph
+
+    def values(self) -> Iterator[Value]:
+        """Arguments and results, in no promised order."""
+        yield from self.args
+        for op in self._order:
+            yield from op.results
 
     @property
     def terminator(self) -> Return | None:
@@ -96,13 +117,9 @@ class Function:
 
     def named(self, name: str) -> Value:
         """The value of that name. Raises KeyError."""
-        for arg in self.args:
-            if arg.name == name:
-                return arg
-        for op in self._order:
-            for res in op.results:
-                if res.name == name:
-                    return res
+        for value in self.values():
+            if value.name == name:
+                return value
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[Op]:
@@ -142,21 +159,37 @@ class Function:
         del self.params[name]
         self._graph.remove_node(param)
 
+    def drop_argument(self, arg: Argument) -> None:
+        """Removes an argument that nothing uses; the callers are the caller's to repair."""
+        if self.uses(arg):
+            raise IRError(f"@{self.name}: {arg.text} is still in use")
+        self.args.remove(arg)
+        self._graph.remove_node(arg)
+        self._names.discard(arg.name)
+
     def create(self, op: Op, names: Sequence[str] = (), before: Op | None = None) -> Op:
-        """Adds ``op`` and infers its results. ``names`` name them; the declared names do where it is short."""
+        """Adds ``op`` and infers its results. They are called ``names``, or what the op declares."""
         for value in op.operands:
-            if value is not None and (value.op if isinstance(value, OpResult) else value) not in self._graph:
-                raise IRError(f"{op.name}: {value.text} belongs to another function", loc=op.loc)
-        inferred = op.infer()
+            self._own(op, value)
+        if before is not None and before not in self._graph:
+            raise IRError(f"@{self.name}: {before!r} isn't in it", loc=op.loc)
+        try:
+            inferred = op.infer()
+        except MoecError as error:
+            raise error.at(op.loc) from None
         types = inferred if isinstance(inferred, tuple) else (inferred,)
         results = []
         for i, type in enumerate(types):
             given = names[i] if i < len(names) else None
-            declared = op.result_specs[i].name if i < len(op.result_specs) else "r"
+            declared = op.result_specs[min(i, len(op.result_specs) - 1)].name if op.result_specs else "r"
             results.append(OpResult(self.unique(given or declared), type, op, i))
         op.results = tuple(results)
         self._insert(op, before)
         return op
+
+    def _own(self, op: Op, value: Value | None) -> None:
+        if value is not None and (value.op if isinstance(value, OpResult) else value) not in self._graph:
+            raise IRError(f"{op.name}: {value.text} belongs to another function", loc=op.loc)
 
     def _insert(self, op: Op, before: Op | None) -> None:
         self._graph.add_node(op)
@@ -179,13 +212,17 @@ class Function:
 
     def ret(self, *values: Value) -> Return:
         """Closes the function, or changes what it returns."""
+        op = Return(values)
+        for value in values:
+            self._own(op, value)
         if (old := self.terminator) is not None:
             self.erase(old)
-        op = Return(values)
         self._insert(op, None)
         return op
 
     def set_operand(self, op: Op, number: int, value: Value) -> None:
+        """Gives one operand another value of its type. Listeners hear of ``replace`` only."""
+        self._own(op, value)
         old = op.operands[number]
         if old is not None:
             self._graph.remove_edge(old.op if isinstance(old, OpResult) else old, op, key=number)
@@ -217,17 +254,24 @@ class Function:
 
     def clone(self) -> Function:
         new = Function(self.name, [(a.name, a.type) for a in self.args])
-        values: dict[Value, Value] = dict(zip(self.args, new.args))
+        values: dict[Value, Value] = dict(zip(self.args, new.args, strict=True))
         for name, param in self.params.items():
             values[param] = new.param(name, param.type)
         for op in self.ops:
             copy = type(op)([None if v is None else values[v] for v in op.operands], op.attrs, op.loc)
             copy.origin = op.origin
             new.create(copy, [r.name for r in op.results])
-            values.update(zip(op.results, copy.results))
+            values.update(zip(op.results, copy.results, strict=True))
         if self.terminator is not None:
             new.ret(*(values[v] for v in self.outputs))
         return new
+
+
+def consumes(op: Op, value: Value) -> bool:
+    """Whether ``op`` ends this version of the state ``value``: it returns it or makes its successor."""
+    if isinstance(op, Loop):
+        return any(v is value for v in op.operands[: op.carry])
+    return isinstance(op, Return) or any(res.type == value.type for res in op.results)
 
 
 class Module:
@@ -284,6 +328,4 @@ class Module:
 
     def bound_values(self) -> dict[Any, Dim]:
         """Symbols to their bounds, for substituting into costs."""
-        from moec.ir.types import symbol
-
         return {symbol(name): as_dim(value) for name, value in self.bounds.items()}

@@ -11,13 +11,13 @@ from typing import Any
 import sympy
 import torch
 
-from moec.errors import BadInput, WeightsMissing, WeightsMisshapen
+from moec.errors import BadInput, WeightsMisshapen, WeightsMissing
 from moec.ir.graph import Function, Module
 from moec.ir.op import Op, Param, Value
 from moec.ir.ops.attention import PagedCache
 from moec.ir.ops.control import Loop
 from moec.ir.ops.weights import Bind, Stack
-from moec.ir.types import CacheType, Dim, TensorType, Type
+from moec.ir.types import CacheType, Dim, TensorType, Type, as_dim, format_dim
 
 Observer = Callable[[str, Op, str, tuple[Any, ...]], None]
 
@@ -33,9 +33,13 @@ class Interpreter:
     ) -> None:
         self.module, self.observe = module, observe
         self._checkpoint = weights
+        # Load-time functions read the checkpoint only, whatever has been bound before them.
         self._bound: dict[str, torch.Tensor] = {}
+        self._made: dict[str, torch.Tensor] = {}
         if "weights" in module:
-            self._run(module["weights"], (), "", {})
+            with torch.no_grad():
+                self._run(module["weights"], (), "", {})
+        self._bound = self._made
 
     def run(self, function: str, *args: Any) -> tuple[Any, ...]:
         """The function's outputs. Raises BadInput where an argument doesn't fit its type."""
@@ -49,14 +53,16 @@ class Interpreter:
         """An empty cache, filled with NaN: what isn't written must not be read."""
         shape = (pages * type.page, *type.entry)
         empty = torch.full(shape, torch.nan, dtype=type.dtype.torch)
-        return PagedCache(type.page, {layer: empty for layer in range(layers)})
+        return PagedCache(type.page, dict.fromkeys(range(layers), empty))
 
     def _run(
         self, function: Function, args: tuple[Any, ...], scope: str, symbols: dict[Any, int]
     ) -> tuple[Any, ...]:
         values: dict[Value, Any] = {}
         symbols = dict(symbols)
-        for formal, actual in zip(function.args, args):
+        for formal, actual in zip(function.args, args, strict=True):
+            _learn(formal, actual, symbols)
+        for formal, actual in zip(function.args, args, strict=True):
             _unify(formal, actual, symbols)
             values[formal] = actual
         for op in function.ops:
@@ -74,11 +80,10 @@ class Interpreter:
             carried, invariants = tuple(operands[: op.carry]), tuple(operands[op.carry :])
             body = self.module[op.callee]
             for number in op.range:
-                inner = scope + op.scope.replace("*", str(number), 1) + "."
-                carried = self._run(body, (number, *carried, *invariants), inner, {})
+                carried = self._run(body, (number, *carried, *invariants), scope + op.prefix(number), {})
             return carried
         if isinstance(op, Bind):
-            self._bound[scope + op.param] = operands[0]
+            self._made[scope + op.param] = operands[0]
             return ()
         attrs = {key: _resolve(value, symbols) for key, value in op.attrs.items()}
         results = type(op).reference(*operands, **attrs)
@@ -112,34 +117,61 @@ def _tensor_type(type: Type) -> TensorType:
 def _resolve(value: Any, symbols: dict[Any, int]) -> Any:
     """A shape with its symbols replaced; anything else as it is."""
     if isinstance(value, tuple) and any(isinstance(v, sympy.Expr) for v in value):
-        return tuple(v if isinstance(v, int) else int(v.subs(symbols)) for v in value)
+        sizes = tuple(as_dim(sympy.sympify(v).subs(symbols)) for v in value)
+        for size in sizes:
+            if not isinstance(size, int):
+                raise BadInput(f"nothing says how large {size} is")
+        return sizes
     return value
+
+
+def _learn(value: Value, actual: Any, symbols: dict[Any, int]) -> None:
+    """Takes what an argument's axes of one bare symbol say, so that ``B+1`` can come before ``B``."""
+    if isinstance(value.type, TensorType) and isinstance(actual, torch.Tensor):
+        for dim, size in zip(value.type.shape, actual.shape, strict=False):
+            if isinstance(dim, sympy.Symbol):
+                symbols.setdefault(dim, size)
 
 
 def _unify(value: Value, actual: Any, symbols: dict[Any, int]) -> None:
     """Checks a run-time value against its type, learning the symbols it's the first to show."""
     type = value.type
+    if isinstance(type, CacheType):
+        _check_cache(value, type, actual)
     if not isinstance(type, TensorType):
         return
     if not isinstance(actual, torch.Tensor) or actual.dtype != type.dtype.torch or actual.dim() != type.rank:
         found = f"{actual.dtype} {list(actual.shape)}" if isinstance(actual, torch.Tensor) else repr(actual)
         raise BadInput(f"{value.text} is {type} but got {found}")
-    for dim, size in zip(type.shape, actual.shape):
-        if _size(dim, size, symbols) != size:
-            raise BadInput(f"{value.text} is {type} but got {list(actual.shape)}, with {symbols}")
+    for dim, size in zip(type.shape, actual.shape, strict=True):
+        if not _fits(dim, size, symbols):
+            known = ", ".join(f"{s} = {symbols[s]}" for s in sorted(symbols, key=str))
+            raise BadInput(
+                f"{value.text} is {type} but got {list(actual.shape)}" + (f"; {known}" if known else "")
+            )
 
 
-def _size(dim: Dim, size: int, symbols: dict[Any, int]) -> int:
+def _check_cache(value: Value, type: CacheType, actual: Any) -> None:
+    if not isinstance(actual, PagedCache):
+        raise BadInput(f"{value.text} is {type} but got {actual!r}")
+    for layer in actual.layers.values():
+        if (actual.page, tuple(layer.shape[1:]), layer.dtype) != (type.page, type.entry, type.dtype.torch):
+            found = f"pages of {actual.page} entries {layer.dtype} {list(layer.shape[1:])}"
+            raise BadInput(f"{value.text} is {type} but got {found}")
+
+
+def _fits(dim: Dim, size: int, symbols: dict[Any, int]) -> bool:
+    """Whether ``dim`` may be ``size``; if one symbol of it is still unknown, that is learned from it."""
     if isinstance(dim, int):
-        return dim
-    if isinstance(dim, sympy.Symbol):
-        return symbols.setdefault(dim, size)
+        return dim == size
     left = dim.subs(symbols)
-    free = left.free_symbols
-    if len(free) == 1:  # B+1 met before B
-        unknown = free.pop()
-        solved = sympy.solve(left - size, unknown)
-        if solved:
-            symbols[unknown] = int(solved[0])
-            return size
-    return int(left)
+    if left.free_symbols:
+        if len(left.free_symbols) > 1:
+            raise BadInput(f"{format_dim(dim)} has more than one size that nothing says")
+        (unknown,) = left.free_symbols
+        solved = [s for s in sympy.solve(left - size, unknown) if s.is_integer and s >= 0]
+        if not solved:
+            return False
+        symbols[unknown] = int(solved[0])
+        left = left.subs(symbols)
+    return int(left) == size

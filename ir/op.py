@@ -13,7 +13,8 @@
         def reference(x, w, *, eps): ...      # plain PyTorch, the judge of every kernel and rewrite
         def cost(self): ...                   # FLOPs and compulsory bytes
 
-Printing, parsing, the builder's method, the documentation row and the property tests follow from the declaration.
+Printing, parsing, the builder's method, the documentation row and the property tests follow from the
+declaration.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import sympy
 
 from moec.errors import AttributeMismatch, SourceLoc, TypeMismatch, UnknownOp, nearest
 from moec.ir.attrs import Kind
-from moec.ir.types import IndexType, TensorType, Type
+from moec.ir.types import IndexType, TensorType, Type, i32, i64
 
 _MISSING = object()
 
@@ -143,7 +144,10 @@ class OpResult(Value):
 
 
 class Op:
-    """One node of a graph. Make them through a Builder or ``Function.create``; change them through Function only."""
+    """One node of a graph.
+
+    Make them through a Builder or ``Function.create``; change them through Function only.
+    """
 
     name: ClassVar[str] = ""
     operand_specs: ClassVar[tuple[operand, ...]] = ()
@@ -183,13 +187,14 @@ class Op:
         self.results: tuple[OpResult, ...] = ()
 
     def _fit_operands(self, given: tuple[Value | None, ...]) -> tuple[Value | None, ...]:
-        specs = self.operand_specs
+        specs = self.operand_specs  # a variadic one is the last
         variadic = bool(specs) and specs[-1].variadic
         if len(given) > len(specs) and not variadic:
             raise TypeMismatch(f"{self.name}: takes {len(specs)} operands, got {len(given)}", loc=self.loc)
         fixed = specs[:-1] if variadic else specs
         filled = given + (None,) * (len(fixed) - len(given))
-        for spec, value in zip(fixed, filled):
+        for i, value in enumerate(filled):
+            spec = specs[min(i, len(specs) - 1)]
             if value is None and not spec.optional:
                 raise TypeMismatch(f"{self.name}: operand {spec.name} is missing", loc=self.loc)
         return filled
@@ -233,13 +238,30 @@ class Op:
     def mismatch(self, message: str) -> TypeMismatch:
         return TypeMismatch(f"{self.name}: {message}", loc=self.loc)
 
-    def tensor(self, value: Value, rank: int | None = None) -> TensorType:
-        """``value``'s type, once it's known to be a tensor (of ``rank``)."""
-        if not isinstance(value.type, TensorType):
-            raise self.mismatch(f"{value.text} is {value.type}, not a tensor")
-        if rank is not None and value.type.rank != rank:
-            raise self.mismatch(f"{value.text} is {value.type}, not of rank {rank}")
-        return value.type
+    def tensor(
+        self, value: Value, rank: int | None = None, *, min_rank: int = 0, scaled: bool = False
+    ) -> TensorType:
+        """``value``'s type, once it's known to be a tensor (of ``rank``).
+
+        Only an op that reads block scales says ``scaled``: to any other the elements alone mean nothing.
+        """
+        type = value.type
+        if not isinstance(type, TensorType):
+            raise self.mismatch(f"{value.text} is {type}, not a tensor")
+        if rank is not None and type.rank != rank:
+            raise self.mismatch(f"{value.text} is {type}, not of rank {rank}")
+        if type.rank < min_rank:
+            raise self.mismatch(f"{value.text} is {type}, but needs an axis")
+        if type.scale and not scaled:
+            raise self.mismatch(f"{value.text} is {type}: this op doesn't read block scales")
+        return type
+
+    def integers(self, value: Value, rank: int | None = None) -> TensorType:
+        """``value``'s type, once it's known to be a tensor of i32 or i64 (of ``rank``)."""
+        type = self.tensor(value, rank)
+        if type.dtype not in (i32, i64):
+            raise self.mismatch(f"{value.text} is {type}, not integers")
+        return type
 
     def same(self, what: str, left: Any, a: Value, right: Any, b: Value) -> None:
         """Raises unless two dimensions are equal; ``what`` names them."""

@@ -7,9 +7,9 @@
       return %h
     end
 
-A module of one function has its two header lines in one: ``moec.ir 1 func @moe(...) -> ... target=...``. Costs are
-given at the symbols' bounds. The parser takes no meaning from what follows ``;`` but keeps an op's source line and the
-rule that made it, so that print, parse, print is the identity.
+A module of one function has its two header lines in one: ``moec.ir 1 func @moe(...) -> ... target=...``.
+Costs are given at the symbols' bounds. The parser takes no meaning from what follows ``;`` but keeps an op's
+source line and the rule that made it, so that print, parse, print is the identity.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ from moec.ir.types import parse_type
 VERSION = 1
 _NAME = r"[A-Za-z_][\w.-]*"
 _HEADER = re.compile(
-    rf"moec\.ir (\d+) (?:module @({_NAME})|(func .*?))((?: target=\S+)?)((?: sym=\{{[^}}]*\}})?)$"
+    rf"moec\.ir (\d+) (?:module @({_NAME})|(func .*?))((?: target=\S+)?)((?: sym=\{{[^}}]*\}})?)"
 )
-_FUNC = re.compile(rf"func @({_NAME})\((.*)\) -> (.*)$")
-_OP = re.compile(rf"(?:(%.*?) = )?({_NAME})(?: @({_NAME}))?\((.*)\)$")
+_FUNC = re.compile(rf"func @({_NAME})\((.*)\) -> (.*)")
+_OP = re.compile(rf"(?:(%.*?) = )?({_NAME})(?: @({_NAME}))?\((.*)\)")
+_RESULT = re.compile(rf"%{_NAME}")
+_ARGUMENT = re.compile(rf"(%{_NAME}): *(.+)")
+_PARAMETER = re.compile(r"(\$[\w.*-]+): *(.+)")
+_BOUND = re.compile(r"([A-Za-z_]\w*)<=(\d{1,18})")
 
 
 # Printing.
@@ -102,7 +106,7 @@ def _derived(op: Op, module: Module | None, bounds: dict[Any, Any]) -> list[str]
     if op.loc is not None and op.loc.line:
         notes.append(op.loc.short)
     if op.origin:
-        notes.append(f"<{op.origin}")
+        notes.append(f"<{' '.join(op.origin.split())}")
     return notes
 
 
@@ -124,18 +128,18 @@ def read_module(path: Path | str) -> Module:
 class _Parser:
     def __init__(self, text: str, file: str) -> None:
         self.file = file
-        self.lines = [
-            (number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()
-        ]
+        lines = [(i, *strip_derived(line.strip())) for i, line in enumerate(text.split("\n"), start=1)]
+        self.lines = [(number, body, derived) for number, body, derived in lines if body]
         self.at = 0
         self.line_number = 0
 
-    def next(self) -> str:
+    def next(self) -> tuple[str, str]:
+        """The next line's meaning, and what stands behind its ``;``."""
         if self.at == len(self.lines):
             raise self.error("the text ends inside a function: no 'end'")
-        self.line_number, line = self.lines[self.at]
+        self.line_number, body, derived = self.lines[self.at]
         self.at += 1
-        return line
+        return body, derived
 
     def error(self, message: str) -> ParseError:
         return ParseError(message, loc=SourceLoc(self.file, self.line_number))
@@ -149,43 +153,48 @@ class _Parser:
     def _module(self) -> Module:
         if not self.lines:
             raise self.error("empty: IR starts with 'moec.ir 1'")
-        header = _HEADER.match(self.next())
+        header = _HEADER.fullmatch(self.next()[0])
         if header is None:
             raise self.error("IR starts with 'moec.ir 1 module @name' or 'moec.ir 1 func @name(...) -> ...'")
         version, name, single, target, bounds = header.groups()
-        if int(version) != VERSION:
+        if version != str(VERSION):
             raise self.error(f"this is IR version {version}; this moec reads version {VERSION}")
         module = Module(name or "", target.removeprefix(" target="))
-        for part in split_top(bounds[6:-1]) if bounds else []:
-            symbol_name, _, bound = part.partition("<=")
-            module.bounds[symbol_name] = int(bound)
+        for part in split_top(bounds.removeprefix(" sym=")[1:-1]):
+            bound = _BOUND.fullmatch(part)
+            if bound is None:
+                raise self.error(f"{part!r} is no bound of a symbol: 'N<=8192' is")
+            module.bounds[bound[1]] = int(bound[2])
         if single:
             module.name = module.add(self._function(single)).name
         while self.at < len(self.lines):
-            module.add(self._function(self.next()))
+            module.add(self._function(self.next()[0]))
         return module
 
     def _function(self, line: str) -> Function:
-        match = _FUNC.match(strip_derived(line)[0])
+        match = _FUNC.fullmatch(line)
         if match is None:
             raise self.error("expected 'func @name(%arg: type, ...) -> type'")
         name, args, result = match.groups()
-        pairs = []
+        values: dict[str, Value] = {}
+        function = Function(name)
         for part in split_top(args):
-            arg, colon, type_text = part.partition(":")
-            if not colon or arg[0] != "%":
-                raise self.error(f"{part!r} is no argument: '%name: type' is")
-            pairs.append((arg[1:], parse_type(type_text)))
-        function = Function(name, pairs)
-        values: dict[str, Value] = {a.text: a for a in function.args}
-        while (line := self.next()) != "end":
-            body, derived = strip_derived(line)
+            arg, type_text = self._declaration(part, _ARGUMENT, "argument: '%name: type' is")
+            self._new([arg], values)
+            values[arg] = function.add_argument(arg[1:], parse_type(type_text))
+        while True:
+            body, derived = self.next()
+            if body == "end":
+                break
+            if function.terminator is not None:
+                raise self.error("'return' is followed by 'end'")
             if body.startswith("param "):
-                param_name, _, type_text = body[len("param ") :].partition(":")
-                param = function.param(param_name[1:], parse_type(type_text))
-                values[param.text] = param
-            elif body.split(" ")[0] == "return":
-                function.ret(*self._operands(body[len("return") :], values))  # type: ignore[arg-type]
+                text = body.removeprefix("param ")
+                param, type_text = self._declaration(text, _PARAMETER, "parameter: '$name: type' is")
+                self._new([param], values)
+                values[param] = function.param(param[1:], parse_type(type_text))
+            elif body == "return" or body.startswith("return "):
+                function.ret(*self._operands(body.removeprefix("return"), values))  # type: ignore[arg-type]
             else:
                 self._op(function, body, derived, values)
         written = [parse_type(t) for t in split_top(result[1:-1] if result[:1] == "(" else result)]
@@ -193,6 +202,17 @@ class _Parser:
         if written != returned:
             raise IRError(f"@{name} says it returns {result}, but returns ({', '.join(map(str, returned))})")
         return function
+
+    def _declaration(self, text: str, pattern: re.Pattern[str], wanted: str) -> tuple[str, str]:
+        match = pattern.fullmatch(text)
+        if match is None:
+            raise self.error(f"{text!r} is no {wanted}")
+        return match[1], match[2]
+
+    def _new(self, names: list[str], values: dict[str, Value]) -> None:
+        for i, name in enumerate(names):
+            if name in values or name in names[:i]:
+                raise self.error(f"{name} is defined twice")
 
     def _operands(self, text: str, values: dict[str, Value]) -> list[Value | None]:
         found: list[Value | None] = []
@@ -204,40 +224,56 @@ class _Parser:
 
     def _op(self, function: Function, body: str, derived: str, values: dict[str, Value]) -> None:
         rest, types = _cut_outside(body, " : ")
-        rest, attrs_text = _cut_attrs(rest)
-        match = _OP.match(rest)
+        rest, attrs_text = self._cut_attrs(rest)
+        match = _OP.fullmatch(rest)
         if match is None:
             raise self.error(
                 f"{body!r} is no op: '%result = name(%operand, ...) {{attribute=value}} : type' is"
             )
         left, op_name, callee, args = match.groups()
         names = split_top(left or "")
+        for name in names:
+            if not _RESULT.fullmatch(name):
+                raise self.error(f"{name!r} is no result: '%name' is")
+        self._new(names, values)
         cls = op_class(op_name)
+        if cls is Return:
+            raise self.error("'return %value, ...' ends a function")
         attrs = self._attrs(cls, attrs_text)
-        if callee is not None:
+        if issubclass(cls, Loop):
+            if callee is None or "callee" in attrs or "carry" in attrs:
+                raise self.error(f"a loop names its body: '{op_name} @body(...)'")
             attrs |= {"callee": callee, "carry": len(names)}
-        op = cls(self._operands(args, values), attrs)
-        op.loc, op.origin = _parse_derived(derived)
-        for result_name in names:
-            if result_name in values:
-                raise self.error(f"{result_name} is defined twice")
-        function.create(op, [n[1:] for n in names])
+        elif callee is not None:
+            raise self.error(f"{op_name} runs no body: @{callee} has no place here")
+        op = function.create(cls(self._operands(args, values), attrs), [n[1:] for n in names])
         if len(op.results) != len(names):
             raise self.error(f"{op_name} has {len(op.results)} results, not {len(names)}")
         written = [parse_type(t) for t in split_top(types)]
-        for res, type in zip(op.results, written, strict=False):
-            if res.type != type:
-                raise op.mismatch(f"{res.text} is written as {type} but is {res.type}")
         if len(written) != len(names):
             raise self.error(f"{len(names)} results but {len(written)} types")
+        for res, type in zip(op.results, written, strict=True):
+            if res.type != type:
+                raise op.mismatch(f"{res.text} is written as {type} but is {res.type}")
+        op.loc, op.origin = _parse_derived(derived)  # last: a mistake above is one in this text
         values.update((r.text, r) for r in op.results)
 
+    def _cut_attrs(self, text: str) -> tuple[str, str]:
+        for i, c, depth in _characters(text):
+            if c == "{" and depth == 1:
+                if not text.endswith("}"):
+                    raise self.error(f"{text[i:]!r} are no attributes: '{{name=value, ...}}' are")
+                return text[:i].rstrip(), text[i + 1 : -1]
+        return text, ""
+
     def _attrs(self, cls: type[Op], text: str) -> dict[str, Any]:
-        attrs = {}
+        attrs: dict[str, Any] = {}
         for part in split_top(text):
             key, equals, value = part.partition("=")
             if not equals:
                 raise self.error(f"{part!r} is no attribute: 'name=value' is")
+            if key in attrs:
+                raise self.error(f"{cls.name}: {key} is given twice")
             spec = cls.attr_specs.get(key)
             if spec is None:
                 attrs[key] = value  # the op refuses it, naming the nearest
@@ -270,7 +306,7 @@ def _characters(text: str) -> Iterator[tuple[int, str, int]]:
 def split_top(text: str) -> list[str]:
     """Parts between commas that no bracket or quote encloses."""
     cuts = [i for i, c, depth in _characters(text) if c == "," and depth == 0]
-    parts = [text[a:b].strip() for a, b in zip([0, *(c + 1 for c in cuts)], [*cuts, len(text)])]
+    parts = [text[a:b].strip() for a, b in zip([0, *(c + 1 for c in cuts)], [*cuts, len(text)], strict=True)]
     return [p for p in parts if p]
 
 
@@ -289,17 +325,10 @@ def _cut_outside(text: str, mark: str) -> tuple[str, str]:
     return text, ""
 
 
-def _cut_attrs(text: str) -> tuple[str, str]:
-    for i, c, depth in _characters(text):
-        if c == "{" and depth == 1:
-            return text[:i].rstrip(), text[i + 1 : text.rindex("}")]
-    return text, ""
-
-
-_LINE = re.compile(r"(?:^|\s)(\S+\.\w+):(\d+)(?=\s|$)")
+_LINE = re.compile(r"(?:^|\s)([^\s<]+):(\d+)$")
 
 
 def _parse_derived(text: str) -> tuple[SourceLoc | None, str]:
     notes, _, origin = text.partition("<")
-    match = _LINE.search(notes)
+    match = _LINE.search(notes.rstrip())
     return (SourceLoc(match[1], int(match[2])) if match else None), origin.strip()

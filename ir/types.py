@@ -17,14 +17,15 @@ import ast
 import operator
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Union
+from functools import cache
+from typing import Any, TypeAlias
 
 import sympy
+from sympy.printing.str import StrPrinter
 
-from moec.errors import ParseError
+from moec.errors import IRError, ParseError
 
-Dim = Union[int, sympy.Expr]
+Dim: TypeAlias = int | sympy.Expr
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class DType:
 
     @property
     def is_float(self) -> bool:
-        return self.name[0] in "bf"
+        return self.name != "bool" and self.name[0] in "bf"
 
     @property
     def torch(self) -> Any:
@@ -77,23 +78,43 @@ _BY_TORCH = {d.torch_name: d for d in DTYPES.values()}
 f32, bf16, f16, i64, i32 = (DTYPES[n] for n in ("f32", "bf16", "f16", "i64", "i32"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def symbol(name: str) -> sympy.Symbol:
     """The symbol of that name: a non-negative integer, the same object every time."""
     return sympy.Symbol(name, integer=True, nonnegative=True)
 
 
 def as_dim(value: Any) -> Dim:
-    """An int where the expression is one, else the sympy expression."""
+    """An int, or a sympy expression multiplied out so that equal ones are alike."""
     if isinstance(value, str):
         return parse_dim(value)
-    if isinstance(value, int):
+    if isinstance(value, int) or value.is_Symbol:
         return value
+    if value.is_Integer:
+        return int(value)
+    value = sympy.expand(value.replace(sympy.ceiling, lambda x: -sympy.floor(-x)))
     return int(value) if value.is_Integer else value
 
 
+class _DimPrinter(StrPrinter):
+    """Writes what ``parse_dim`` reads: ``//`` for a floor, products for powers."""
+
+    def _print_floor(self, expr: sympy.floor) -> str:
+        above, below = expr.args[0].as_numer_denom()
+        return f"(({self._print(above)})//{below})"
+
+    def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:
+        base, exponent = expr.args
+        if not (exponent.is_Integer and exponent > 0):
+            return super()._print_Pow(expr, rational)
+        return "*".join([self.parenthesize(base, 100)] * int(exponent))
+
+
 def format_dim(dim: Dim) -> str:
-    return str(dim).replace(" ", "")
+    if isinstance(dim, int):
+        return str(dim)
+    text = re.sub(r"\((\w+)\)", r"\1", _DimPrinter().doprint(dim).replace(" ", ""))
+    return re.sub(r"(^|\+)\((\w+//\d+)\)(?=$|[+-])", r"\1\2", text)
 
 
 _DIM_OPS = {
@@ -112,15 +133,19 @@ def parse_dim(text: str) -> Dim:
             return node.value
         if isinstance(node, ast.Name):
             return symbol(node.id)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -walk(node.operand)
         if isinstance(node, ast.BinOp) and type(node.op) in _DIM_OPS:
-            return _DIM_OPS[type(node.op)](walk(node.left), walk(node.right))
+            left, right = walk(node.left), walk(node.right)
+            if isinstance(node.op, ast.FloorDiv) and not (isinstance(right, int) and right > 0):
+                raise ParseError(f"{text!r} is no dimension: what follows // must be a positive number")
+            return _DIM_OPS[type(node.op)](left, right)
         raise ParseError(f"{text!r} is no dimension: integers, symbols, + - * // and brackets are")
 
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+        return as_dim(walk(ast.parse(text.strip(), mode="eval").body))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ParseError(f"{text!r} is no dimension") from None
-    return as_dim(walk(tree))
 
 
 def product(dims: Any) -> Dim:
@@ -132,7 +157,7 @@ def product(dims: Any) -> Dim:
 
 @dataclass(frozen=True)
 class TensorType:
-    """``dtype[shape]``, with what else a kernel must know of the tensor.
+    """``dtype[shape]``, with what else a kernel must know of the tensor. Raises IRError where they don't fit.
 
     groups      number of ragged row groups along axis 0 (``R~256``), None for a plain tensor
     scale       block shape of the scales that travel with a quantised tensor
@@ -148,7 +173,21 @@ class TensorType:
     space: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(as_dim(d) for d in self.shape))
+        fix = object.__setattr__
+        fix(self, "shape", tuple(as_dim(d) for d in self.shape))
+        fix(self, "groups", None if self.groups is None else as_dim(self.groups))
+        fix(self, "scale", tuple(self.scale) if self.scale else None)
+        fix(self, "placement", tuple(sorted(self.placement)))
+        for dim in self.shape if self.groups is None else (*self.shape, self.groups):
+            if dim < 0 if isinstance(dim, int) else not dim.is_integer:
+                raise IRError(f"{format_dim(dim)} is no size")
+        if self.groups is not None and not self.shape:
+            raise IRError("a tensor without axes can't have groups")
+        if self.scale and (len(self.scale) > self.rank or min(self.scale) < 1):
+            raise IRError(f"scale blocks {self.scale} don't fit a tensor of rank {self.rank}")
+        axes = [axis for axis, _ in self.placement]
+        if len(set(axes)) < len(axes) or not set(axes) <= set(range(self.rank)):
+            raise IRError(f"placement {self.placement} doesn't fit a tensor of rank {self.rank}")
 
     @property
     def rank(self) -> int:
@@ -161,14 +200,14 @@ class TensorType:
     @property
     def nbytes(self) -> Any:
         """Bytes of the elements and their scales (fp32, one a block); symbolic where the shape is."""
-        size = sympy.Rational(self.dtype.bits, 8) * self.numel
+        size = sympy.ceiling(sympy.Rational(self.dtype.bits, 8) * self.numel)
         if self.scale:
             blocks = product(
                 sympy.ceiling(sympy.sympify(d) / b)
-                for d, b in zip(self.shape[-len(self.scale) :], self.scale)
+                for d, b in zip(self.shape[-len(self.scale) :], self.scale, strict=True)
             )
             size += 4 * blocks * product(self.shape[: -len(self.scale)])
-        return size
+        return int(size) if size.is_Integer else size
 
     def with_(self, **changes: Any) -> TensorType:
         return replace(self, **changes)
@@ -194,6 +233,10 @@ class CacheType:
     dtype: DType
     entry: tuple[int, ...]
     page: int
+
+    def __post_init__(self) -> None:
+        if not self.entry or min(*self.entry, self.page) < 1:
+            raise IRError(f"{self}: an entry's sizes and the page must be positive")
 
     @property
     def entry_bytes(self) -> int:
@@ -221,11 +264,12 @@ class IndexType:
         return "index"
 
 
-Type = Union[TensorType, CacheType, TokenType, IndexType]
+Type = TensorType | CacheType | TokenType | IndexType
 STATE_TYPES = (CacheType, TokenType)
 
-_TENSOR = re.compile(r"(\w+)\[([^\]]*)\](@s\d+(?:x\d+)*)?(?:@(\w+))?$")
-_CACHE = re.compile(r"cache<(\w+)\[([\d,]+)\], ?page=(\d+)>$")
+_TENSOR = re.compile(r"(\w+)\[([^\]]*)\](@s\d+(?:x\d+)*)?(?:@([A-Za-z_]\w*))?")
+_CACHE = re.compile(r"cache<(\w+)\[(\d+(?:,\d+)*)\], ?page=(\d+)>")
+_AXIS = re.compile(r"([^@~]*)(?:@([A-Za-z_]\w*))?(?:~([^@~]*))?")
 
 
 def parse_type(text: str) -> Type:
@@ -236,13 +280,17 @@ def parse_type(text: str) -> Type:
     if match := re.fullmatch(r"token<(\w+)>", text):
         return TokenType(match[1])
     try:
-        if match := _CACHE.match(text):
+        if match := _CACHE.fullmatch(text):
             return CacheType(DTYPES[match[1]], tuple(map(int, match[2].split(","))), int(match[3]))
-        if match := _TENSOR.match(text):
+        if match := _TENSOR.fullmatch(text):
             dtype, dims, scale, space = match.groups()
             return _tensor(DTYPES[dtype], dims, scale, space)
     except KeyError as error:
         raise ParseError(f"no dtype is called {error.args[0]!r}; there are {', '.join(DTYPES)}") from None
+    except IRError as error:
+        raise ParseError(f"{text!r} is no type: {error.message}") from None
+    except ValueError:  # a number of more digits than int() takes
+        pass
     raise ParseError(f"{text!r} is no type")
 
 
@@ -251,12 +299,13 @@ def _tensor(dtype: DType, dims: str, scale: str | None, space: str | None) -> Te
     groups: Dim | None = None
     placement: list[tuple[int, str]] = []
     for axis, part in enumerate(dims.split(",") if dims else []):
-        if "~" in part:
-            part, group_text = part.split("~")
-            groups = parse_dim(group_text)
-        if "@" in part:
-            part, mesh_axis = part.split("@")
-            placement.append((axis, mesh_axis))
-        shape.append(parse_dim(part))
+        match = _AXIS.fullmatch(part)
+        if match is None or (axis and match[3] is not None):
+            raise ParseError(f"{part!r} is no axis: 'size@mesh_axis', the first 'size@mesh_axis~groups'")
+        shape.append(parse_dim(match[1]))
+        if match[2] is not None:
+            placement.append((axis, match[2]))
+        if match[3] is not None:
+            groups = parse_dim(match[3])
     block = tuple(map(int, scale[2:].split("x"))) if scale else None
     return TensorType(dtype, tuple(shape), groups, block, tuple(placement), space)

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import networkx as nx
 
-from moec.errors import IRError
-from moec.ir.graph import Function, Module
-from moec.ir.op import Op, Value
-from moec.ir.ops.control import Loop, Return
+from moec.errors import IRError, MoecError
+from moec.ir.graph import Function, Module, consumes
+from moec.ir.op import Value
+from moec.ir.ops.control import Loop
 from moec.ir.types import STATE_TYPES, IndexType, TensorType, Type, symbol
 
-_VALUE_NAME = re.compile(r"[A-Za-z_][\w.-]*$")
+_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_PARAM_NAME = re.compile(r"[\w.*-]+")
+_SYMBOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def verify(module: Module) -> None:
     """Raises IRError, or the op's own TypeMismatch, at the first thing that is wrong."""
+    for name in (module.name, *module.functions):
+        if not _NAME.fullmatch(name):
+            raise IRError(f"@{name!r} is no name")
+    for symbol_name, bound in module.bounds.items():
+        if not _SYMBOL_NAME.fullmatch(symbol_name) or bound < 0:
+            raise IRError(f"{symbol_name!r} <= {bound} is no bound of a symbol")
+    for function in module:
+        for op in function.ops:
+            if isinstance(op, Loop) and op.callee not in module:
+                raise IRError(f"@{function.name}: @{op.callee} is run but isn't there", loc=op.loc)
     graph = module.call_graph()
-    for missing in set(graph) - set(module.functions):
-        raise IRError(f"@{missing} is run by a loop but isn't there")
     if not nx.is_directed_acyclic_graph(graph):
         raise IRError(
             "functions run each other in a circle: " + " -> ".join(f"@{e[0]}" for e in nx.find_cycle(graph))
@@ -34,14 +44,20 @@ def _verify_function(function: Function, module: Module) -> None:
         raise IRError(f"@{function.name} doesn't return")
     names: set[str] = set()
     for value in (*function.args, *(r for op in function.ops for r in op.results)):
-        if not _VALUE_NAME.match(value.name):
+        if not _NAME.fullmatch(value.name):
             raise IRError(f"@{function.name}: {value.name!r} is no name")
         if value.name in names:
             raise IRError(f"@{function.name}: {value.text} is defined twice")
         names.add(value.name)
+    for param in function.params.values():
+        if not _PARAM_NAME.fullmatch(param.name):
+            raise IRError(f"@{function.name}: {param.name!r} is no parameter's name")
     known = {s for arg in function.args for s in _symbols(arg.type)} | {symbol(n) for n in module.bounds}
     for op in function.ops:
-        inferred = op.infer()
+        try:
+            inferred = op.infer()
+        except MoecError as error:
+            raise error.at(op.loc) from None
         types = inferred if isinstance(inferred, tuple) else (inferred,)
         for res, type in zip(op.results, types, strict=True):
             if res.type != type:
@@ -55,8 +71,9 @@ def _verify_function(function: Function, module: Module) -> None:
                 )
         if isinstance(op, Loop):
             _verify_loop(op, module)
-    for value in _states(function):
-        _verify_state(function, value)
+    for value in function.values():
+        if isinstance(value.type, STATE_TYPES):
+            _verify_state(function, value)
 
 
 def _symbols(type: Type) -> Iterator[object]:
@@ -81,19 +98,13 @@ def _verify_loop(op: Loop, module: Module) -> None:
         raise op.mismatch(f"scope {op.scope} has more than one *")
 
 
-def _list(types: object) -> str:
-    return ", ".join(map(str, types))  # type: ignore[call-overload]
-
-
-def _states(function: Function) -> Iterator[Value]:
-    for value in (*function.args, *(r for op in function.ops for r in op.results)):
-        if isinstance(value.type, STATE_TYPES):
-            yield value
+def _list(types: Iterable[Type]) -> str:
+    return ", ".join(map(str, types))
 
 
 def _verify_state(function: Function, value: Value) -> None:
     """State has one successor, and whoever reads it does so before."""
-    users = function.users(value)
+    users = [op for op, _ in function.uses(value)]
     takers = [op for op in users if consumes(op, value)]
     if len(takers) > 1:
         raise IRError(
@@ -103,8 +114,3 @@ def _verify_state(function: Function, value: Value) -> None:
         raise IRError(
             f"@{function.name}: {value.text} is read by {users[-1]!r} after {takers[0]!r} has replaced it"
         )
-
-
-def consumes(op: Op, value: Value) -> bool:
-    """Whether ``op`` ends this version of the state."""
-    return isinstance(op, Return) or any(res.type == value.type for res in op.results)

@@ -1,8 +1,8 @@
 """The load-time half of a module: ``@weights`` and, beside each body @f, a function @weights.f.
 
-``@weights`` runs them over the same layers and experts, in the same scopes, as the entry functions run the bodies. An
-entry's own parameters are handled in ``@weights`` itself. A parameter that no ``bind`` makes is the checkpoint's tensor
-of that name.
+``@weights`` runs them over the same layers and experts, in the same scopes, as the entry functions run the
+bodies. An entry's own parameters are handled in ``@weights`` itself. A parameter that no ``bind`` makes is
+the checkpoint's tensor of that name.
 """
 
 from __future__ import annotations
@@ -38,20 +38,43 @@ def weights_of(module: Module, body: str) -> Function:
 
 
 def mirror(module: Module, caller: str, loop: Op) -> None:
-    """Runs the load-time function of ``loop``'s body as ``loop`` runs the body."""
-    attrs = loop.attrs | {"callee": weights_name(loop.attrs["callee"]), "carry": 0}
+    """Runs the load-time function of ``loop``'s body as ``loop`` runs the body.
+
+    Entries that run a body alike (``step`` and ``decode``) share one load-time run: they share ``@weights``.
+    """
     outer = weights_of(module, caller)
-    outer.create(type(loop)((), attrs, loop.loc))
+    if not any(_mirrors(op, loop) for op in outer.ops):
+        attrs = loop.attrs | {"callee": weights_name(loop.attrs["callee"]), "carry": 0}
+        outer.create(type(loop)((), attrs, loop.loc))
 
 
 def unmirror(module: Module, caller: str, loop: Op) -> None:
-    """Undoes ``mirror`` once ``loop`` is gone; the load-time function goes with its last run."""
-    callee, outer = weights_name(loop.attrs["callee"]), module.functions.get(weights_name(caller))
+    """Undoes ``mirror`` once ``loop`` is gone and nothing runs the body alike.
+
+    The body's last run takes the load-time function along.
+    """
+    body, name = loop.attrs["callee"], weights_name(caller)
+    if any(weights_name(f.name) == name and op.attrs == loop.attrs for f, op in module.callers(body)):
+        return
+    outer = module.functions.get(name)
     for op in outer.ops if outer else []:
-        if isinstance(op, Loop) and (op.callee, op.scope) == (callee, loop.attrs["scope"]):
+        if _mirrors(op, loop):
             outer.erase(op)  # type: ignore[union-attr]
+    callee = weights_name(body)
     if callee in module and not module.callers(callee):
         module.remove(callee)
+
+
+def _mirrors(op: Op, loop: Op) -> bool:
+    """Whether ``op`` is the load-time twin of ``loop``: same numbers, same scope."""
+    if not isinstance(op, Loop) or not isinstance(loop, Loop):
+        return False
+    return (type(op), op.callee, op.scope, op.range) == (
+        type(loop),
+        weights_name(loop.callee),
+        loop.scope,
+        loop.range,
+    )
 
 
 def bindings(function: Function) -> dict[str, Bind]:

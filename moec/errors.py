@@ -13,10 +13,13 @@ The hundreds say where a mistake was made: 01 the DSL, 02 the IR, 03 a configura
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+
+_UNSAFE = re.compile(r"[^\w.+-]")  # in the text of the IR, where a space or a < ends the file's name
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class SourceLoc:
     @property
     def short(self) -> str:
         """``file.py:41``, the form that IR dumps carry."""
-        return f"{Path(self.file).name}:{self.line}"
+        return f"{_UNSAFE.sub('_', Path(self.file).name)}:{self.line}"
 
 
 class MoecError(Exception):

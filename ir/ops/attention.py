@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import sympy
 import torch
 
-from moec.ir.attrs import BOOL, FLOAT, INT, STR
+from moec.ir.attrs import BOOL, FLOAT, INT, SYMBOL
 from moec.ir.op import Cost, Op, Value, attr, operand, result
 from moec.ir.types import CacheType, TensorType, symbol
 
@@ -34,9 +35,9 @@ class CacheWrite(Op, name="cache_write"):
     out = result("cache")
 
     def infer(self) -> CacheType:
-        cache, entry = _cache(self, self.cache), self.tensor(self.entry)
+        cache, entry = _cache(self, self.cache), self.tensor(self.entry, min_rank=1)
         self.index(self.layer)
-        slots = self.tensor(self.slot_mapping, 1)
+        slots = self.integers(self.slot_mapping, 1)
         self.same("N", entry.shape[0], self.entry, slots.shape[0], self.slot_mapping)
         if (entry.dtype, entry.shape[1:]) != (cache.dtype, cache.entry):
             raise self.mismatch(f"{self.entry.text} is {entry}, which doesn't fit {cache}")
@@ -63,18 +64,18 @@ class CacheRead(Op, name="cache_read"):
     layer = operand("index")
     block_table = operand("[B, P] page numbers; those beyond a sequence's length are never read")
     seq_lens = operand("[B] entries of each sequence, new ones included")
-    rows = attr(STR, "S", doc="the symbol that counts the gathered entries")
+    rows = attr(SYMBOL, "S", doc="the symbol that counts the gathered entries")
     entries = result("[S, *entry]")
 
     def infer(self) -> TensorType:
         cache = _cache(self, self.cache)
         self.index(self.layer)
-        table, lens = self.tensor(self.block_table, 2), self.tensor(self.seq_lens, 1)
+        table, lens = self.integers(self.block_table, 2), self.integers(self.seq_lens, 1)
         self.same("B", table.shape[0], self.block_table, lens.shape[0], self.seq_lens)
         return TensorType(cache.dtype, (symbol(self.rows), *cache.entry))
 
     def cost(self) -> Cost:
-        return Cost(0, 2 * self.results[0].type.nbytes + self.block_table.type.nbytes)
+        return Cost(0, 2 * self.entries.type.nbytes + self.block_table.type.nbytes)
 
     @staticmethod
     def reference(
@@ -82,18 +83,19 @@ class CacheRead(Op, name="cache_read"):
     ) -> torch.Tensor:
         pages = cache.layers[layer]
         picked = []
-        for table, length in zip(block_table.tolist(), seq_lens.tolist()):
+        for table, length in zip(block_table.tolist(), seq_lens.tolist(), strict=True):
             for position in range(length):
                 picked.append(table[position // cache.page] * cache.page + position % cache.page)
-        return pages[torch.tensor(picked, dtype=torch.long)]
+        return pages[torch.tensor(picked, dtype=torch.long, device=pages.device)]
 
 
 class Attention(Op, name="attention"):
     """softmax(scale · q·kᵀ) · v within each sequence, the softmax in fp32.
 
-    Sequence b owns rows cu_q[b]:cu_q[b+1] of q and cu_k[b]:cu_k[b+1] of k and v. Its queries are the last positions of
-    its keys: with ``causal``, query i of n sees keys up to (keys - n + i), with ``window`` > 0 only the last ``window``
-    of these. Query heads share key heads in equal groups.
+    Sequence b owns rows cu_q[b]:cu_q[b+1] of q and cu_k[b]:cu_k[b+1] of k and v. Its queries are the last
+    positions of its keys: with ``causal``, query i of n sees keys up to (keys - n + i), with ``window`` > 0
+    only the last ``window`` of these. A query that sees no key gives zeros. Query heads share key heads in
+    equal groups.
     """
 
     q = operand("[N, heads, D]")
@@ -112,15 +114,21 @@ class Attention(Op, name="attention"):
         self.same("S", k.shape[0], self.k, v.shape[0], self.v)
         self.same("kv_heads", k.shape[1], self.k, v.shape[1], self.v)
         self.same("the dtype", q.dtype, self.q, k.dtype, self.k)
-        self.same("the offsets", self.tensor(self.cu_q, 1), self.cu_q, self.tensor(self.cu_k, 1), self.cu_k)
-        if q.shape[1] % k.shape[1]:
-            raise self.mismatch(f"{q.shape[1]} query heads can't share {k.shape[1]} key heads equally")
-        return q.with_(shape=(*q.shape[:2], v.shape[2]))
+        self.same("the dtype", q.dtype, self.q, v.dtype, self.v)
+        cu_q, cu_k = self.integers(self.cu_q, 1), self.integers(self.cu_k, 1)
+        self.same("B+1", cu_q.shape[0], self.cu_q, cu_k.shape[0], self.cu_k)
+        heads, kv_heads = q.shape[1], k.shape[1]
+        if not (isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads and heads % kv_heads == 0):
+            raise self.mismatch(f"{heads} query heads can't share {kv_heads} key heads equally")
+        if self.window < 0:
+            raise self.mismatch(f"window is {self.window}")
+        return TensorType(q.dtype, (*q.shape[:2], v.shape[2]))
 
     def cost(self) -> Cost:
         q, k, v = self.q.type, self.k.type, self.v.type
         sequences = self.cu_q.type.shape[0] - 1
-        pairs = q.shape[0] * k.shape[0] / sequences  # as if all sequences were of one length
+        # As if all sequences were of one length, and every key seen.
+        pairs = sympy.Integer(1) * q.shape[0] * k.shape[0] / (1 if sequences == 0 else sequences)
         return Cost(2 * pairs * q.shape[1] * (q.shape[2] + v.shape[2]), self.moved_bytes())
 
     @staticmethod
@@ -145,12 +153,12 @@ class Attention(Op, name="attention"):
             kb = k[k0:k1].float().transpose(0, 1).repeat_interleave(group, dim=0)
             vb = v[k0:k1].float().transpose(0, 1).repeat_interleave(group, dim=0)
             scores = qb @ kb.transpose(1, 2) * scale
-            if causal or window:
-                at = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None]
-                key = torch.arange(k1 - k0)[None]
-                hidden = key > at if causal else torch.zeros(1, dtype=torch.bool)
-                if window:
-                    hidden = hidden | (key <= at - window)
-                scores = scores.masked_fill(hidden, -math.inf)
-            out[q0:q1] = (scores.softmax(-1) @ vb).transpose(0, 1).to(q.dtype)
+            at = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=q.device)[:, None]
+            key = torch.arange(k1 - k0, device=q.device)[None]
+            hidden = key > at if causal else key < 0
+            if window:
+                hidden = hidden | (key <= at - window)
+            weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+            weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+            out[q0:q1] = (weights @ vb).transpose(0, 1).to(q.dtype)
         return out

@@ -20,9 +20,10 @@ class Return(Op, name="return"):
 class Loop(Op):
     """A body run for each number of a range, over carried values and invariants.
 
-    The first results' worth of operands are carried: the body takes them after its index and returns their successors;
-    the other operands reach every run unchanged. ``scope`` goes before the body's parameter names, its ``*`` standing
-    for the number. The interpreter and the code generators run the body; it has no reference of its own.
+    The first results' worth of operands are carried: the body takes them after its index and returns their
+    successors; the other operands reach every run unchanged. ``scope`` goes before the body's parameter
+    names, its ``*`` standing for the number. The interpreter and the code generators run the body; it has no
+    reference of its own.
     """
 
     range_name = ""
@@ -40,9 +41,13 @@ class Loop(Op):
     def range(self) -> Any:
         return self.attrs[self.range_name]
 
+    def prefix(self, number: int) -> str:
+        """What goes before the body's parameter names in the run for ``number``."""
+        return self.scope.replace("*", str(number), 1) + "." if self.scope else ""
+
 
 class Call(Loop, name="call"):
-    """One body for a range of decoder layers: streams and caches are carried, positions and tables are not."""
+    """One body for a range of decoder layers: it carries streams and caches, not positions or tables."""
 
     range_name = "layers"
     layers = attr(RANGE, doc="the layers, both ends included")

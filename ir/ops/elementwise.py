@@ -29,11 +29,13 @@ class Binary(Op):
             if shape[pad + i] == 1:
                 shape[pad + i] = size
             elif size not in (1, shape[pad + i]):
-                raise self.mismatch(f"axis {i} is {size} in {narrow} but {shape[pad + i]} in {wide}")
+                left, right = (self.a, self.b) if wide is a else (self.b, self.a)
+                here, there = f"axis {pad + i} of {left.text}", f"axis {i} of {right.text}"
+                raise self.mismatch(f"{here} is {shape[pad + i]} but {there} is {size}")
         return TensorType(a.dtype, tuple(shape), wide.groups)
 
     def cost(self) -> Cost:
-        return Cost(self.results[0].type.numel, self.moved_bytes())
+        return Cost(self.y.type.numel, self.moved_bytes())
 
 
 class Add(Binary, name="add"):
@@ -62,7 +64,7 @@ class Unary(Op):
         return self.tensor(self.x)
 
     def cost(self) -> Cost:
-        return Cost(self.results[0].type.numel, self.moved_bytes())
+        return Cost(self.y.type.numel, self.moved_bytes())
 
 
 class Sigmoid(Unary, name="sigmoid"):
@@ -78,6 +80,11 @@ class Clamp(Unary, name="clamp"):
 
     lo = attr(FLOAT)
     hi = attr(FLOAT)
+
+    def infer(self) -> TensorType:
+        if self.lo > self.hi:
+            raise self.mismatch(f"lo is {self.lo}, above hi, {self.hi}")
+        return self.tensor(self.x)
 
     @staticmethod
     def reference(x: torch.Tensor, *, lo: float, hi: float) -> torch.Tensor:
@@ -106,11 +113,11 @@ class ZerosLike(Unary, name="zeros_like"):
         return self.tensor(self.x).with_(dtype=self.dtype)
 
     def cost(self) -> Cost:
-        return Cost(0, self.results[0].type.nbytes)
+        return Cost(0, self.y.type.nbytes)
 
     @staticmethod
     def reference(x: torch.Tensor, *, dtype: Any) -> torch.Tensor:
-        return torch.zeros(x.shape, dtype=dtype.torch)
+        return torch.zeros(x.shape, dtype=dtype.torch, device=x.device)
 
 
 class SwiGLU(Op, name="swiglu"):
@@ -122,7 +129,7 @@ class SwiGLU(Op, name="swiglu"):
     h = result("[..., I]")
 
     def infer(self) -> TensorType:
-        gate = self.tensor(self.gate)
+        gate = self.tensor(self.gate, min_rank=1)
         if self.up is not None:
             up = self.tensor(self.up)
             if gate != up:
@@ -134,7 +141,7 @@ class SwiGLU(Op, name="swiglu"):
         return gate.with_(shape=(*gate.shape[:-1], as_dim(width // 2)))
 
     def cost(self) -> Cost:
-        return Cost(5 * self.results[0].type.numel, self.moved_bytes())
+        return Cost(5 * self.h.type.numel, self.moved_bytes())
 
     @staticmethod
     def reference(gate: torch.Tensor, up: torch.Tensor | None = None, *, act: str) -> torch.Tensor:

@@ -24,7 +24,7 @@ class Linear(Op, name="linear"):
     y = result("[..., N]")
 
     def infer(self) -> TensorType:
-        x, w = self.tensor(self.x), self.tensor(self.w, 2)
+        x, w = self.tensor(self.x, min_rank=1), self.tensor(self.w, 2)
         self.same("K", x.shape[-1], self.x, w.shape[1], self.w)
         self.same("the dtype", x.dtype, self.x, w.dtype, self.w)
         if self.bias is not None:
@@ -53,11 +53,11 @@ class Embedding(Op, name="embedding"):
     h = result("[N, H]")
 
     def infer(self) -> TensorType:
-        ids, table = self.tensor(self.ids), self.tensor(self.table, 2)
+        ids, table = self.integers(self.ids), self.tensor(self.table, 2)
         return TensorType(table.dtype, (*ids.shape, table.shape[1]))
 
     def cost(self) -> Cost:
-        return Cost(0, self.ids.type.nbytes + 2 * self.results[0].type.nbytes)
+        return Cost(0, self.ids.type.nbytes + 2 * self.h.type.nbytes)
 
     @staticmethod
     def reference(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

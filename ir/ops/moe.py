@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 
-from moec.ir.attrs import BOOL, DTYPE, FLOAT, INT, STR, choice
+from moec.ir.attrs import BOOL, DTYPE, FLOAT, INT, SYMBOL, choice
 from moec.ir.op import Cost, Op, attr, operand, result
 from moec.ir.types import TensorType, as_dim, f32, i32, symbol
 
@@ -14,10 +15,10 @@ from moec.ir.types import TensorType, as_dim, f32, i32, symbol
 class Route(Op, name="route"):
     """Scores the experts of each token and picks k; equal scores go to the lower id.
 
-    The bias takes part in choosing, not in the weights (Wang et al. 2024, loss-free balancing). With ``groups``, the
-    experts are that many equal runs, of which only the best ``topk_groups`` may be chosen from: ``group_score`` says
-    how a group is scored, ``masked`` what the experts of other groups become (V2: 0, V3: -inf).
-    ``renorm`` divides by the sum + 1e-20, ``scale`` multiplies last.
+    The bias takes part in choosing, not in the weights (Wang et al. 2024, loss-free balancing). With
+    ``groups``, the experts are that many equal runs, of which only the best ``topk_groups`` may be chosen
+    from: ``group_score`` says how a group is scored, ``masked`` what the experts of other groups become (V2:
+    0, V3: -inf). ``renorm`` divides by the sum + 1e-20, ``scale`` multiplies last.
     """
 
     logits = operand("[T, E] fp32 or the model's dtype")
@@ -41,8 +42,10 @@ class Route(Op, name="route"):
             self.same("E", experts, self.logits, self.tensor(self.bias, 1).shape[0], self.bias)
         if not isinstance(experts, int) or not 0 < self.k <= experts:
             raise self.mismatch(f"k is {self.k} of {experts} experts")
-        if experts % self.groups or not 0 < self.topk_groups <= self.groups:
-            raise self.mismatch(f"{experts} experts in {self.groups} groups, {self.topk_groups} of them kept")
+        if self.groups < 1 or experts % self.groups or not 0 < self.topk_groups <= self.groups:
+            raise self.mismatch(
+                f"can't part {experts} experts into {self.groups} groups and keep {self.topk_groups}"
+            )
         if self.group_score == "top2sum" and self.groups > 1 and experts // self.groups < 2:
             raise self.mismatch("a group of one expert has no two best")
         if self.masked == "neginf" and self.k > experts // self.groups * self.topk_groups:
@@ -77,7 +80,8 @@ class Route(Op, name="route"):
             best = by_group.sort(dim=-1, descending=True).values
             group = best[..., :2].sum(-1) if group_score == "top2sum" else best[..., 0]
             kept = group.sort(dim=-1, descending=True, stable=True).indices[:, :topk_groups]
-            allowed = torch.zeros(tokens, groups, dtype=torch.bool).scatter_(1, kept, True)
+            allowed = torch.zeros(tokens, groups, dtype=torch.bool, device=logits.device)
+            allowed = allowed.scatter(1, kept, True)
             allowed = allowed.repeat_interleave(experts // groups, dim=1)
             if masked == "zero":
                 scores = scores.masked_fill(~allowed, 0.0)
@@ -94,11 +98,11 @@ class ExpertSlots(Op, name="expert_slots"):
 
     id = operand("[T, k] int32")
     expert = operand("index")
-    rows = attr(STR, "R", doc="the symbol that counts them")
+    rows = attr(SYMBOL, "R", doc="the symbol that counts them")
     slot = result("[R] int32")
 
     def infer(self) -> TensorType:
-        self.tensor(self.id, 2)
+        self.integers(self.id, 2)
         self.index(self.expert)
         return TensorType(i32, (symbol(self.rows),))
 
@@ -119,7 +123,9 @@ class SortByExpert(Op, name="sort_by_expert"):
     off = result("[E+1] int32")
 
     def infer(self) -> tuple[TensorType, TensorType]:
-        id = self.tensor(self.id, 2)
+        id = self.integers(self.id, 2)
+        if self.experts < 1:
+            raise self.mismatch(f"experts is {self.experts}")
         return TensorType(i32, (id.numel,), groups=self.experts), TensorType(i32, (self.experts + 1,))
 
     @staticmethod
@@ -140,11 +146,13 @@ class GatherRows(Op, name="gather_rows"):
     rows = result("[R, H]")
 
     def infer(self) -> TensorType:
-        x, slot = self.tensor(self.x, 2), self.tensor(self.slot, 1)
+        x, slot = self.tensor(self.x, 2), self.integers(self.slot, 1)
+        if self.per_row < 1:
+            raise self.mismatch(f"per_row is {self.per_row}")
         return TensorType(x.dtype, (slot.shape[0], x.shape[1]), slot.groups)
 
     def cost(self) -> Cost:
-        return Cost(0, self.x.type.nbytes + self.slot.type.nbytes + self.results[0].type.nbytes)
+        return Cost(0, self.moved_bytes())
 
     @staticmethod
     def reference(x: torch.Tensor, slot: torch.Tensor, *, per_row: int) -> torch.Tensor:
@@ -163,9 +171,14 @@ class ScatterAdd(Op, name="scatter_add"):
 
     def infer(self) -> TensorType:
         acc, rows = self.tensor(self.acc, 2), self.tensor(self.rows, 2)
-        self.same("R", rows.shape[0], self.rows, self.tensor(self.slot, 1).shape[0], self.slot)
+        w = self.tensor(self.w, 2)
+        self.same("R", rows.shape[0], self.rows, self.integers(self.slot, 1).shape[0], self.slot)
         self.same("H", acc.shape[1], self.acc, rows.shape[1], self.rows)
-        self.same("T", acc.shape[0], self.acc, self.tensor(self.w, 2).shape[0], self.w)
+        self.same("T", acc.shape[0], self.acc, w.shape[0], self.w)
+        if acc.dtype != f32:
+            raise self.mismatch(f"{self.acc.text} is {acc}, but sums are f32")
+        if w.shape[1] != self.per_row:
+            raise self.mismatch(f"per_row is {self.per_row} but {self.w.text} is {w}")
         return acc
 
     def cost(self) -> Cost:
@@ -189,18 +202,23 @@ class GroupedLinear(Op, name="grouped_linear"):
     y = result("[R~E, N]")
 
     def infer(self) -> TensorType:
-        x, w, off = self.tensor(self.x, 2), self.tensor(self.w, 3), self.tensor(self.off, 1)
+        x, w, off = self.tensor(self.x, 2), self.tensor(self.w, 3), self.integers(self.off, 1)
         self.same("K", x.shape[1], self.x, w.shape[2], self.w)
         self.same("the dtype", x.dtype, self.x, w.dtype, self.w)
         self.same("E", as_dim(w.shape[0] + 1), self.w, off.shape[0], self.off)
+        if x.groups is not None:
+            self.same("the number of groups", x.groups, self.x, w.shape[0], self.w)
         return TensorType(x.dtype, (x.shape[0], w.shape[1]), w.shape[0])
 
     def cost(self) -> Cost:
-        return Cost(2 * self.x.type.numel * self.w.type.shape[1], self.moved_bytes())
+        """Weights of experts without rows needn't move: with R rows at random, (1 - 1/E)^R of the experts."""
+        x, w = self.x.type, self.w.type
+        idle = (1 - 1 / sympy.Float(w.shape[0])) ** x.shape[0]
+        return Cost(2 * x.numel * w.shape[1], self.moved_bytes() - w.nbytes * idle)
 
     @staticmethod
     def reference(x: torch.Tensor, w: torch.Tensor, off: torch.Tensor) -> torch.Tensor:
-        y = torch.zeros(x.shape[0], w.shape[1], dtype=torch.float32)
+        y = torch.zeros(x.shape[0], w.shape[1], dtype=torch.float32, device=x.device)
         for e in range(w.shape[0]):
             rows = slice(int(off[e]), int(off[e + 1]))
             y[rows] = x[rows].float() @ w[e].float().t()
@@ -224,10 +242,10 @@ class Combine(Op, name="combine"):
     def infer(self) -> TensorType:
         rows, w = self.tensor(self.rows, 2), self.tensor(self.w, 2)
         self.same("T·k", rows.shape[0], self.rows, w.numel, self.w)
-        self.same("T·k", rows.shape[0], self.rows, self.tensor(self.slot, 1).shape[0], self.slot)
+        self.same("T·k", rows.shape[0], self.rows, self.integers(self.slot, 1).shape[0], self.slot)
         y = TensorType(self.to or rows.dtype, (w.shape[0], rows.shape[1]))
         if self.plus is not None and self.tensor(self.plus).shape != y.shape:
-            raise self.mismatch(f"{self.plus.text} is {self.plus.type}, the result {y}")
+            raise self.mismatch(f"{self.plus.text} is {self.plus.type} but the result {y}")
         return y
 
     def cost(self) -> Cost:
@@ -244,10 +262,10 @@ class Combine(Op, name="combine"):
         to: Any,
     ) -> torch.Tensor:
         tokens, k = w.shape
-        by_slot = torch.zeros(tokens * k, rows.shape[1], dtype=torch.float32)
+        by_slot = torch.zeros(tokens * k, rows.shape[1], dtype=torch.float32, device=rows.device)
         by_slot[slot.long()] = rows.float()
-        by_slot = by_slot.view(tokens, k, -1)
-        y = torch.zeros(tokens, rows.shape[1], dtype=torch.float32)
+        by_slot = by_slot.view(tokens, k, rows.shape[1])
+        y = torch.zeros(tokens, rows.shape[1], dtype=torch.float32, device=rows.device)
         for j in range(k):
             y = y + w[:, j, None].float() * by_slot[:, j]
         if plus is not None:

@@ -18,7 +18,7 @@ class RMSNorm(Op, name="rms_norm"):
     y = result("[..., K]")
 
     def infer(self) -> TensorType:
-        x, w = self.tensor(self.x), self.tensor(self.w, 1)
+        x, w = self.tensor(self.x, min_rank=1), self.tensor(self.w, 1)
         self.same("K", x.shape[-1], self.x, w.shape[0], self.w)
         return x
 

@@ -15,10 +15,10 @@ from moec.ir.types import TensorType, f32
 class RopeTable(Op, name="rope_table"):
     """cos and sin of position · frequency, times ``magnitude``, in fp32.
 
-    Pair i of ``dim`` turns with frequency theta^(-2i/dim). ``scaling`` stretches it: ``linear`` divides by ``factor``;
-    ``yarn`` divides the slow pairs, keeps the fast ones and blends linearly between the pairs that turn ``beta_fast``
-    and ``beta_slow`` times over ``original`` positions (Peng et al. 2023); ``llama3`` blends by wavelength between
-    original/``low`` and original/``high``.
+    Pair i of ``dim`` turns with frequency theta^(-2i/dim). ``scaling`` stretches it: ``linear`` divides by
+    ``factor``; ``yarn`` divides the slow pairs, keeps the fast ones and blends linearly between the pairs
+    that turn ``beta_fast`` and ``beta_slow`` times over ``original`` positions (Peng et al. 2023); ``llama3``
+    blends by wavelength between original/``low`` and original/``high``.
     """
 
     positions = operand("[N] integers")
@@ -37,20 +37,34 @@ class RopeTable(Op, name="rope_table"):
     sin = result("[N, dim/2] fp32")
 
     def infer(self) -> tuple[TensorType, TensorType]:
-        positions = self.tensor(self.positions, 1)
-        if self.dim % 2:
-            raise self.mismatch(f"dim is {self.dim}, which is odd")
+        positions = self.integers(self.positions, 1)
+        if self.dim < 2 or self.dim % 2:
+            raise self.mismatch(f"dim is {self.dim}, not a positive even number")
+        if self.theta <= 1 or self.factor <= 0:
+            raise self.mismatch(
+                f"theta is {self.theta} (it must exceed 1), factor {self.factor} (it must exceed 0)"
+            )
+        if self.scaling in ("yarn", "llama3") and self.original < 1:
+            raise self.mismatch(
+                f"{self.scaling} needs original, the positions trained on, not {self.original}"
+            )
+        if self.scaling == "yarn" and min(self.beta_fast, self.beta_slow) <= 0:
+            raise self.mismatch(
+                f"beta_fast is {self.beta_fast}, beta_slow {self.beta_slow}: both must exceed 0"
+            )
+        if self.scaling == "llama3" and self.low >= self.high:
+            raise self.mismatch(f"low is {self.low}, not below high, {self.high}")
         table = TensorType(f32, (*positions.shape, self.dim // 2))
         return table, table
 
     def cost(self) -> Cost:
-        return Cost(3 * self.results[0].type.numel, self.moved_bytes())
+        return Cost(3 * self.cos.type.numel, self.moved_bytes())
 
     @staticmethod
     def reference(
         positions: torch.Tensor, *, magnitude: float, **how: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        frequencies = torch.tensor(rope_frequencies(**how), dtype=torch.float32)
+        frequencies = torch.tensor(rope_frequencies(**how), dtype=torch.float32, device=positions.device)
         angle = positions.to(torch.float32)[:, None] * frequencies
         return angle.cos() * magnitude, angle.sin() * magnitude
 
@@ -91,14 +105,14 @@ def rope_frequencies(
     first, last = max(first, 0), min(last, dim - 1)
     width = last - first or 0.001
     stretch = [min(max((i - first) / width, 0.0), 1.0) for i in range(dim // 2)]
-    return [f / factor * s + f * (1 - s) for f, s in zip(plain, stretch)]
+    return [f / factor * s + f * (1 - s) for f, s in zip(plain, stretch, strict=True)]
 
 
 class Rope(Op, name="rope"):
     """Turns each pair of the last axis by its angle.
 
-    The pairs are (x0, x1), (x2, x3), … in the ``interleaved`` layout and (x0, x[d/2]), … in the ``half`` layout; the
-    result keeps the operand's layout.
+    The pairs are (x0, x1), (x2, x3), … in the ``interleaved`` layout and (x0, x[d/2]), … in the ``half``
+    layout; the result keeps the operand's layout.
     """
 
     x = operand("[N, d] or [N, heads, d]")
@@ -109,10 +123,10 @@ class Rope(Op, name="rope"):
 
     def infer(self) -> TensorType:
         x, cos = self.tensor(self.x), self.tensor(self.cos, 2)
-        self.tensor(self.sin, 2)
-        self.same("the table", cos, self.cos, self.sin.type, self.sin)
+        self.same("the table", cos, self.cos, self.tensor(self.sin, 2), self.sin)
+        self.same("the dtype of the table", cos.dtype, self.cos, f32, self.sin)
         if x.rank not in (2, 3) or x.shape[0] != cos.shape[0] or x.shape[-1] != 2 * cos.shape[1]:
-            raise self.mismatch(f"{self.x.text} is {x}, the table {cos}")
+            raise self.mismatch(f"{self.x.text} is {x}, which doesn't fit the table's {cos}")
         return x
 
     def cost(self) -> Cost:

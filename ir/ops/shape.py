@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 
 from moec.ir.attrs import DIMS, INT, INTS
 from moec.ir.op import Cost, Op, attr, operand, result
-from moec.ir.types import Dim, TensorType, as_dim, product
+from moec.ir.types import Dim, TensorType, as_dim, format_dim, product
 
 
 def _axis(op: Op, axis: int, rank: int) -> int:
     if not -rank <= axis < rank:
         raise op.mismatch(f"axis {axis} of a tensor of rank {rank}")
     return axis % rank
+
+
+def _resized(x: TensorType, axis: int, size: Dim) -> TensorType:
+    """x with another size of one axis; cutting or joining rows ends their grouping."""
+    groups = x.groups if axis else None
+    return TensorType(x.dtype, (*x.shape[:axis], size, *x.shape[axis + 1 :]), groups)
 
 
 class Reshape(Op, name="reshape"):
@@ -27,10 +32,9 @@ class Reshape(Op, name="reshape"):
 
     def infer(self) -> TensorType:
         x = self.tensor(self.x)
-        if sympy.expand(product(self.shape) - x.numel) != 0:
-            raise self.mismatch(
-                f"{self.x.text} is {x}, which has another number of elements than {list(self.shape)}"
-            )
+        if product(self.shape) != x.numel:
+            shape = ",".join(map(format_dim, self.shape))
+            raise self.mismatch(f"{self.x.text} is {x}, which has another number of elements than [{shape}]")
         return TensorType(x.dtype, self.shape, x.groups if self.shape[:1] == x.shape[:1] else None)
 
     def cost(self) -> Cost:
@@ -53,11 +57,13 @@ class Split(Op, name="split"):
     def infer(self) -> tuple[TensorType, ...]:
         x = self.tensor(self.x)
         axis = _axis(self, self.axis, x.rank)
+        if not self.sizes or min(self.sizes) < 1:
+            raise self.mismatch(f"sizes are {list(self.sizes)}: they must be positive")
         if x.shape[axis] != sum(self.sizes):
             raise self.mismatch(
                 f"axis {axis} of {self.x.text} is {x.shape[axis]}, sizes add up to {sum(self.sizes)}"
             )
-        return tuple(x.with_(shape=(*x.shape[:axis], size, *x.shape[axis + 1 :])) for size in self.sizes)
+        return tuple(_resized(x, axis, size) for size in self.sizes)
 
     def cost(self) -> Cost:
         return Cost()
@@ -87,7 +93,7 @@ class Concat(Op, name="concat"):
                 if i != axis:
                     self.same(f"axis {i}", first.shape[i], self.xs[0], t.shape[i], value)
             total = as_dim(total + t.shape[axis])
-        return first.with_(shape=(*first.shape[:axis], total, *first.shape[axis + 1 :]))
+        return _resized(first, axis, total)
 
     @staticmethod
     def reference(*xs: torch.Tensor, axis: int) -> torch.Tensor:
@@ -105,7 +111,10 @@ class Broadcast(Op, name="broadcast"):
     def infer(self) -> TensorType:
         x = self.tensor(self.x)
         axis = _axis(self, self.axis, x.rank + 1)
-        return x.with_(shape=(*x.shape[:axis], self.size, *x.shape[axis:]))
+        if self.size < 1:
+            raise self.mismatch(f"size is {self.size}")
+        shape = (*x.shape[:axis], self.size, *x.shape[axis:])
+        return TensorType(x.dtype, shape, x.groups if axis else None)
 
     def cost(self) -> Cost:
         return Cost()
@@ -125,7 +134,7 @@ class PrefixSum(Op, name="prefix_sum"):
     offsets = result("[B+1]")
 
     def infer(self) -> TensorType:
-        n = self.tensor(self.n, 1)
+        n = self.integers(self.n, 1)
         return n.with_(shape=(as_dim(n.shape[0] + 1),))
 
     @staticmethod

@@ -43,11 +43,12 @@ class Dequant(Op, name="dequant"):
 
     def infer(self) -> TensorType:
         q, scale = self.tensor(self.q), self.tensor(self.scale)
-        blocks = tuple(-(-d // b) for d, b in zip(q.shape[-2:], self.block))
-        if len(self.block) != 2 or scale.shape != (*q.shape[:-2], *blocks) or scale.dtype != f32:
-            raise self.mismatch(
-                f"{self.scale.text} is {scale}, not the f32[{blocks[0]},{blocks[1]}] that {q} asks for"
-            )
+        if len(self.block) != 2 or q.rank < 2:
+            raise self.mismatch(f"a block of {len(self.block)} axes for {self.q.text}, {q}: both need two")
+        blocks = (-(-d // b) for d, b in zip(q.shape[-2:], self.block, strict=True))
+        wanted = TensorType(f32, (*q.shape[:-2], *blocks))
+        if scale != wanted:
+            raise self.mismatch(f"{self.scale.text} is {scale}, not the {wanted} that {q} asks for")
         return TensorType(self.to, q.shape)
 
     @staticmethod

@@ -1,0 +1,245 @@
+"""IR functions as Python: ``model.py`` with one short function an IR function, ``kernels/`` with what they call.
+
+State values become the Python object that was passed in: a kernel that is ``in_place`` changes it, so its successor
+in the IR is the same name in Python and functions don't return it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moec.codegen.kernels import Inline, Templated, select
+from moec.codegen.render import Names, identifier, render_python
+from moec.ir.graph import ENTRIES, Function, Module
+from moec.ir.op import Op, Param, Value
+from moec.ir.ops.control import Loop
+from moec.ir.ops.weights import Bind, Stack
+from moec.ir.types import STATE_TYPES
+from moec.ir.weights import WEIGHTS
+
+WIDTH = 110
+
+
+@dataclass
+class PythonFunction:
+    """What ``model.py.jinja`` needs of one function."""
+
+    name: str
+    args: list[str]
+    doc: list[str]
+    lines: list[str] = field(default_factory=list)
+    returns: list[str] = field(default_factory=list)
+
+
+class Kernels:
+    """The kernel functions of one package, each rendered once and shared by equal ops."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.files: dict[str, list[str]] = {}
+        self._names = Names()
+        self._by_constants: dict[str, str] = {}
+
+    def function(self, op: Op, record: Templated) -> str:
+        """The name of the kernel function for ``op``."""
+        constants = record.constants(op)
+        key = f"{record.template} {sorted(constants.items(), key=lambda c: c[0])}"
+        if key not in self._by_constants:
+            name = self._names.add(key, op.name)
+            self._by_constants[key] = name
+            source = render_python(record.template, name=name, **constants)
+            self.files.setdefault(identifier(op.name), []).append(source)
+        return self._by_constants[key]
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._by_constants.values())
+
+
+class FunctionEmitter:
+    """Writes one IR function; its parameters are the mapping ``params``, or what ``take`` reads at load time."""
+
+    def __init__(self, function: Function, module: Module, kernels: Kernels, reserved: set[str]) -> None:
+        self.function, self.module, self.kernels = function, module, kernels
+        self.load_time = function.name.split(".")[0] == WEIGHTS
+        self.names = Names(reserved | {"params", "take", "bind", "torch", "F"})
+        self.used: set[str] = set()  # kernels called
+        self.lines: list[str] = []
+
+    def emit(self) -> PythonFunction:
+        args = [self.names.add(a, a.name) for a in self.function.args]
+        args += ["take", "bind"] if self.load_time else ["params"]
+        for op in self.function.ops:
+            self._op(op)
+        returns = [self._text(v) for v in self.function.outputs if not isinstance(v.type, STATE_TYPES)]
+        name = identifier(self.function.name.removeprefix(f"{WEIGHTS}."))
+        return PythonFunction(name, args, describe(self.function, self.module), self.lines, returns)
+
+    def _text(self, value: Value | None, op: Op | None = None) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, Param):
+            return self.names[value]
+        if not self.load_time:
+            return f'params["{value.name}"]'
+        if isinstance(op, Stack):
+            experts = op.attrs["experts"]
+            name = value.name.replace("*", "{e}")
+            return f'[take(f"{name}") for e in range({experts.first}, {experts.last + 1})]'
+        return f'take("{value.name}")'
+
+    def _op(self, op: Op) -> None:
+        operands = [self._text(v, op) for v in op.operands]
+        if isinstance(op, Loop):
+            self._loop(op, operands)
+        elif isinstance(op, Bind):
+            self.lines.append(f'bind("{op.param}", {operands[0]})')
+        else:
+            self._assign(op, self._expression(op, operands))
+
+    def _expression(self, op: Op, operands: list[Any]) -> str:
+        record = select(op, self.kernels.target)
+        if isinstance(record, Inline):
+            return record.expression(op, operands)
+        while operands and operands[-1] is None:
+            operands.pop()
+        name = self.kernels.function(op, record)
+        self.used.add(name)
+        if record.in_place is not None:
+            self.names.alias(op.results[0], op.operands[record.in_place])
+        return f"{name}({', '.join(str(o) for o in operands)})"
+
+    def _assign(self, op: Op, expression: str) -> None:
+        fresh = [r for r in op.results if r not in self.names]
+        left = ", ".join(self.names.add(r, r.name) for r in fresh)
+        code = f"{left} = {expression}" if fresh else expression
+        note = ", ".join(str(r.type) for r in fresh)
+        if op.loc is not None and op.loc.line:
+            note += f"{'  ' if note else ''}src[{op.loc.short}]"
+        self._line(code, note)
+
+    def _line(self, code: str, note: str) -> None:
+        if not note:
+            self.lines.append(code)
+        elif len(code) + len(note) + 8 <= WIDTH:
+            self.lines.append(f"{code}  # {note}")
+        else:
+            self.lines += [f"# {note}", code]
+
+    def _loop(self, op: Loop, operands: list[Any]) -> None:
+        """The body once for each number; carried tensors are assigned anew, state is changed in place."""
+        number = identifier(self.module[op.callee].args[0].name)
+        results = []
+        for before, after in zip(op.values[: op.carry], op.results, strict=True):
+            if isinstance(before.type, STATE_TYPES):
+                self.names.alias(after, before)
+            else:
+                results.append((before, after))
+        starts = [self.names[b] for b, _ in results]
+        left = [self._successor(op, before, after) for before, after in results]
+        body_operands = list(operands)
+        for name, (before, _) in zip(left, results):
+            body_operands[op.values.index(before)] = name
+        scope = f'f"{op.scope.replace("*", "{" + number + "}")}."'
+        function = identifier(op.callee.removeprefix(f"{WEIGHTS}."))
+        for name, start in zip(left, starts, strict=True):
+            if name != start:
+                self.lines.append(f"{name} = {start}")
+        self.lines.append(f"for {number} in range({op.range.first}, {op.range.last + 1}):")
+        args = [number, *body_operands]
+        args += [f"take.at({scope})", f"bind.at({scope})"] if self.load_time else [f"params.at({scope})"]
+        assigned = f"{', '.join(left)} = " if left else ""
+        self.lines += wrap_call(f"    {assigned}{function}", args)
+
+    def _successor(self, op: Op, before: Value, after: Value) -> str:
+        """The name of a carried value: its old one, unless something else still needs the old value."""
+        if [user for user, _ in self.function.uses(before)] == [op]:
+            self.names.alias(after, before)
+            return self.names[after]
+        return self.names.add(after, after.name)
+
+
+def wrap_call(head: str, args: list[str]) -> list[str]:
+    """``head(args)``, on several lines where one would be too long."""
+    line = f"{head}({', '.join(args)})"
+    if len(line) + 4 <= WIDTH:
+        return [line]
+    indent = " " * (len(head) - len(head.lstrip()))
+    lines = [f"{indent}   "]
+    for arg in args:
+        if len(lines[-1]) + len(arg) + 6 > WIDTH:
+            lines.append(f"{indent}   ")
+        lines[-1] += f" {arg},"
+    return [f"{head}(", *lines, f"{indent})"]
+
+
+def describe(function: Function, module: Module) -> list[str]:
+    """The docstring's lines: what runs the function, or what a caller passes and gets."""
+    if function.name == WEIGHTS:
+        return ["Binds every parameter that isn't a checkpoint's tensor as it stands."]
+    out = ", ".join(str(v.type) for v in function.outputs if not isinstance(v.type, STATE_TYPES))
+    if function.name in ENTRIES:
+        width = max((len(identifier(a.name)) for a in function.args), default=0)
+        given = [f"{identifier(a.name):<{width}}  {a.type}" for a in function.args]
+        return [f"Returns {out}.", "", *given, ""]
+    runs = [f"{op.range_name} {op.range}" for _, op in module.callers(function.name) if isinstance(op, Loop)]
+    return [f"Runs for {', '.join(runs)}." + (f" Returns {out}." if out else "")]
+
+
+def emit_python(module: Module, target: str, version: str) -> dict[str, str]:
+    """The Python sources of a package, by path."""
+    model_kernels, load_kernels = Kernels(target), Kernels("cpu")
+    compute = [f for f in module if f.name.split(".")[0] != WEIGHTS]
+    loading = [f for f in module if f.name.split(".")[0] == WEIGHTS]
+    sources = {
+        "__init__.py": f'"""{module.name} for {target}, generated by moec {version}: see model.py."""\n',
+        "model.py": _module_source("python/model.py.jinja", module, compute, model_kernels, target, version),
+        "weights.py": _module_source(
+            "python/weights.py.jinja", module, loading, load_kernels, target, version
+        ),
+        "kernels/__init__.py": render_python(
+            "python/kernels_init.py.jinja",
+            files={
+                stem: [n for n in model_kernels.names if _defines(parts, n)]
+                for stem, parts in model_kernels.files.items()
+            },
+        ),
+    }
+    for stem, parts in model_kernels.files.items():
+        sources[f"kernels/{stem}.py"] = render_python("python/kernel_file.py.jinja", op=stem, parts=parts)
+    return sources
+
+
+def _defines(parts: list[str], name: str) -> bool:
+    return any(f"def {name}(" in part for part in parts)
+
+
+def _module_source(
+    template: str, module: Module, functions: list[Function], kernels: Kernels, target: str, version: str
+) -> str:
+    reserved = {identifier(f.name.removeprefix(f"{WEIGHTS}.")) for f in functions}
+    # Callees first, so that the file reads from the parts to the whole.
+    order = sorted(functions, key=lambda f: f.name in ENTRIES)
+    inner_first = [f for f in order if f.name not in ENTRIES][::-1] + [f for f in order if f.name in ENTRIES]
+    emitters = [
+        FunctionEmitter(f, module, kernels, reserved | set(module_kernel_names(functions)))
+        for f in inner_first
+    ]
+    emitted = [e.emit() for e in emitters]
+    used = sorted(set().union(*(e.used for e in emitters)) if emitters else [])
+    parts = [part for file in kernels.files.values() for part in file]
+    return render_python(
+        template,
+        name=module.name,
+        target=target,
+        version=version,
+        functions=emitted,
+        kernels=used,
+        parts=parts,
+    )
+
+
+def module_kernel_names(functions: list[Function]) -> set[str]:
+    """Names that kernels may take in the module: no value may hide them."""
+    return {identifier(op.name) for f in functions for op in f.ops}

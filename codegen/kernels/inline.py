@@ -1,0 +1,84 @@
+"""Ops that are one PyTorch expression."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.codegen.kernels import Inline, register
+from moec.errors import InternalError
+from moec.ir.op import Op
+from moec.ir.types import DType
+
+
+def torch_dtype(dtype: DType) -> str:
+    return f"torch.{dtype.torch_name}"
+
+
+def _linear(op: Op, args: list[Any]) -> str:
+    x, w, bias = args
+    wide = op.attrs["acc"]
+    if wide is not None and wide != op.x.type.dtype:  # type: ignore[attr-defined]
+        # Products of narrow values are exact in the wide dtype: nothing is rounded before the sum.
+        x, w = f"{x}.to({torch_dtype(wide)})", f"{w}.to({torch_dtype(wide)})"
+        bias = bias and f"{bias}.to({torch_dtype(wide)})"
+    return f"F.linear({x}, {w}, {bias})" if bias else f"F.linear({x}, {w})"
+
+
+def _reshape(op: Op, args: list[Any]) -> str:
+    symbolic = [d for d in op.attrs["shape"] if not isinstance(d, int)]
+    if len(symbolic) > 1:
+        raise InternalError(f"reshape to {op.attrs['shape']}: more than one symbolic axis", loc=op.loc)
+    shape = ", ".join("-1" if not isinstance(d, int) else str(d) for d in op.attrs["shape"])
+    return f"{args[0]}.reshape({shape})"
+
+
+def _split(op: Op, args: list[Any]) -> str:
+    sizes, axis = list(op.attrs["sizes"]), op.attrs["axis"]
+    single = "," if len(sizes) == 1 else ""
+    text = f"{args[0]}.split({sizes}, dim={axis})"
+    return f"tuple({text})" if single else text
+
+
+def _broadcast(op: Op, args: list[Any]) -> str:
+    axis, rank = op.attrs["axis"], op.operands[0].type.rank  # type: ignore[union-attr]
+    axis %= rank + 1
+    sizes = ["-1"] * (rank + 1)
+    sizes[axis] = str(op.attrs["size"])
+    return f"{args[0]}.unsqueeze({axis}).expand({', '.join(sizes)})"
+
+
+def _zeros_like(op: Op, args: list[Any]) -> str:
+    return f"torch.zeros_like({args[0]}, dtype={torch_dtype(op.attrs['dtype'])})"
+
+
+def _embedding(op: Op, args: list[Any]) -> str:
+    return f"F.embedding({args[0]}, {args[1]})"
+
+
+def _pointwise(symbol: str) -> Any:
+    return lambda op, args: f"{args[0]} {symbol} {args[1]}"
+
+
+def _concat(op: Op, args: list[Any]) -> str:
+    return f"torch.cat([{', '.join(args)}], dim={op.attrs['axis']})"
+
+
+register(
+    Inline("linear", _linear),
+    Inline("embedding", _embedding),
+    Inline("reshape", _reshape),
+    Inline("split", _split),
+    Inline("concat", _concat),
+    Inline("broadcast", _broadcast),
+    Inline("prefix_sum", lambda op, args: f"F.pad({args[0]}.cumsum(0, dtype={args[0]}.dtype), (1, 0))"),
+    Inline("add", _pointwise("+")),
+    Inline("mul", _pointwise("*")),
+    Inline("sigmoid", lambda op, args: f"{args[0]}.sigmoid()"),
+    Inline("clamp", lambda op, args: f"{args[0]}.clamp({op.attrs['lo']!r}, {op.attrs['hi']!r})"),
+    Inline("cast", lambda op, args: f"{args[0]}.to({torch_dtype(op.attrs['to'])})"),
+    Inline("zeros_like", _zeros_like),
+    Inline("gather_rows", lambda op, args: f"{args[0]}[{args[1]} // {op.attrs['per_row']}]"),
+    Inline("expert_slots", lambda op, args: f"({args[0]}.flatten() == {args[1]}).nonzero().flatten()"),
+    # Load time.
+    Inline("stack", lambda op, args: f"torch.stack({args[0]})"),
+)

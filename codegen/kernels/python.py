@@ -1,0 +1,80 @@
+"""Ops that become a Python function of their own, from ``templates/python/kernels``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.codegen.kernels import Templated, register
+from moec.ir.op import Op
+from moec.ir.ops.rope import rope_frequencies
+
+
+def _kernel(op: str, constants: Any = None, **kwargs: Any) -> Templated:
+    return Templated(op, f"python/kernels/{op}.py.jinja", constants or _attributes, **kwargs)
+
+
+def _attributes(op: Op) -> dict[str, Any]:
+    return dict(op.attrs)
+
+
+def _rope_table(op: Op) -> dict[str, Any]:
+    attrs = dict(op.attrs)
+    magnitude = attrs.pop("magnitude")
+    return {"frequencies": rope_frequencies(**attrs), "magnitude": magnitude, **attrs}
+
+
+def _shape(op: Op, operand: int) -> Any:
+    return op.operands[operand].type.shape  # type: ignore[union-attr]
+
+
+def _route(op: Op) -> dict[str, Any]:
+    return dict(op.attrs) | {"experts": _shape(op, 0)[1], "bias": op.operands[1] is not None}
+
+
+def _swiglu(op: Op) -> dict[str, Any]:
+    return dict(op.attrs) | {"split": op.operands[1] is None, "wide": op.operands[0].type.dtype.bits >= 32}  # type: ignore[union-attr]
+
+
+def _attention(op: Op) -> dict[str, Any]:
+    heads, kv_heads = _shape(op, 0)[1], _shape(op, 1)[1]
+    return dict(op.attrs) | {
+        "grouped": heads != kv_heads,
+        "width": _shape(op, 0)[2],
+        "value_width": _shape(op, 2)[2],
+    }
+
+
+def _combine(op: Op) -> dict[str, Any]:
+    rows, y = op.operands[0].type, op.results[0].type  # type: ignore[union-attr]
+    return {
+        "top_k": _shape(op, 2)[1],
+        "rows_dtype": rows.dtype,  # type: ignore[union-attr]
+        "to": y.dtype,  # type: ignore[union-attr]
+        "plus": op.operands[3] is not None,
+        "plus_dtype": op.operands[3].type.dtype if op.operands[3] is not None else None,  # type: ignore[union-attr]
+    }
+
+
+def _cache(op: Op) -> dict[str, Any]:
+    cache = op.operands[0].type  # type: ignore[union-attr]
+    return {"page": cache.page, "entry": cache.entry}  # type: ignore[union-attr]
+
+
+register(
+    _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"], "wide": op.operands[0].type.dtype.bits >= 32}),  # type: ignore[union-attr]
+    _kernel("swiglu", _swiglu),
+    _kernel("rope_table", _rope_table),
+    _kernel(
+        "rope",
+        lambda op: dict(op.attrs) | {"rank": op.operands[0].type.rank, "dtype": op.operands[0].type.dtype},
+    ),  # type: ignore[union-attr]
+    _kernel("route", _route),
+    _kernel("sort_by_expert"),
+    _kernel("grouped_linear"),
+    _kernel("scatter_add"),
+    _kernel("combine", _combine),
+    _kernel("cache_write", _cache, in_place=0),
+    _kernel("cache_read", _cache),
+    _kernel("attention", _attention),
+    _kernel("dequant"),
+)

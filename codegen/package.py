@@ -1,0 +1,146 @@
+"""A package's folder: sources, IR dumps, manifest; written aside and renamed, so that there is never half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moec.codegen.emit import emit_python
+from moec.codegen.parameters import manifest_tensors
+from moec.codegen.targets import Target
+from moec.errors import OutputExists, OutputUnwritable
+from moec.ir.graph import Module
+from moec.ir.op import Value
+from moec.ir.ops.control import Loop
+from moec.ir.types import CacheType
+
+FORMAT = 1
+
+
+@contextmanager
+def staging(out: Path, force: bool) -> Iterator[Path]:
+    """A new folder beside ``out`` that takes its place if all goes well and vanishes otherwise.
+
+    Raises OutputExists where ``out`` exists, unless ``force`` says to replace it and it is a package or empty;
+    OutputUnwritable where it can't be written.
+    """
+    check_output(out, force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise OutputUnwritable(f"can't write {out}: {error.strerror}") from None
+    try:
+        aside.chmod(0o755)
+        yield aside
+        _swap(aside, out)
+    except OSError as error:
+        raise OutputUnwritable(f"can't write {out}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Raises OutputExists unless ``out`` may be written."""
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise OutputExists(f"{out} exists and is no folder")
+    if any(out.iterdir()):
+        if not force:
+            raise OutputExists(f"{out} exists; --force replaces it")
+        if not (out / "manifest.json").is_file():
+            raise OutputExists(f"{out} is not a package; --force replaces packages only")
+
+
+def _swap(aside: Path, out: Path) -> None:
+    if out.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+        os.replace(out, old / out.name)
+        os.replace(aside, out)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(aside, out)
+
+
+def write_package(
+    folder: Path, module: Module, target: Target, version: str, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Emits ``module`` into ``folder``, which already holds ir/ and events.jsonl, and returns the manifest.
+
+    ``about`` is what the IR doesn't know: the model's name, vocabulary, options, ignored tensors.
+    """
+    for path, source in emit_python(module, target.name, version).items():
+        file = folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source, encoding="utf-8")
+    manifest = {
+        "format": FORMAT,
+        "moec": version,
+        "target": target.name,
+        "device": target.device,
+        **about,
+        "entries": entries(module),
+        "caches": caches(module),
+        **manifest_tensors(module),
+        "files": {str(f.relative_to(folder)): _digest(f) for f in sorted(folder.rglob("*")) if f.is_file()},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def entries(module: Module) -> dict[str, Any]:
+    """Arguments and results of each function that a caller may run, in the IR's text form."""
+    found = {}
+    for name in ("step", "head", "forward"):
+        if name in module:
+            function = module[name]
+            found[name] = {
+                "args": [[a.name, str(a.type)] for a in function.args],
+                "returns": [str(v.type) for v in function.outputs],
+            }
+    return found
+
+
+def caches(module: Module) -> list[dict[str, Any]]:
+    """Each cache argument of ``@step`` with the layers that keep entries in it."""
+    if "step" not in module:
+        return []
+    step = module["step"]
+    found = []
+    for arg in step.args:
+        if isinstance(arg.type, CacheType):
+            found.append(
+                {
+                    "name": arg.name,
+                    "dtype": str(arg.type.dtype),
+                    "entry": list(arg.type.entry),
+                    "page": arg.type.page,
+                    "layers": sorted(_layers(step.ops, arg)),
+                }
+            )
+    return found
+
+
+def _layers(ops: list[Any], cache: Value) -> set[int]:
+    """The layers whose bodies carry ``cache`` or a successor of it."""
+    layers: set[int] = set()
+    versions = {cache}
+    for op in ops:
+        if isinstance(op, Loop):
+            for before, after in zip(op.values[: op.carry], op.results, strict=True):
+                if before in versions:
+                    layers |= set(op.range)
+                    versions.add(after)
+    return layers

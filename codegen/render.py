@@ -1,0 +1,76 @@
+"""The Jinja environment of every template, and the names that generated code may hold."""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from moec.errors import InternalError
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@lru_cache(maxsize=1)
+def environment() -> jinja2.Environment:
+    """Undefined names are errors; blocks leave no blank lines behind."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def render_python(template: str, **values: Any) -> str:
+    """The rendered template, which must be Python. Raises InternalError with the line otherwise."""
+    try:
+        source = environment().get_template(template).render(**values)
+        ast.parse(source)
+    except jinja2.TemplateError as error:
+        raise InternalError(f"{template}: {error}") from error
+    except SyntaxError as error:
+        line = source.splitlines()[(error.lineno or 1) - 1]
+        raise InternalError(f"{template} renders no Python: {error.msg} in {line!r}") from error
+    return source
+
+
+class Names:
+    """Python identifiers for the names of one scope: readable, valid, and each used once."""
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken = set(taken) | set(keyword.kwlist)
+        self._of: dict[Any, str] = {}
+
+    def __getitem__(self, key: Any) -> str:
+        return self._of[key]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._of
+
+    def alias(self, key: Any, other: Any) -> None:
+        """``key`` is another name of the same Python object."""
+        self._of[key] = self._of[other]
+
+    def add(self, key: Any, wish: str) -> str:
+        base = identifier(wish)
+        name, number = base, 1
+        while name in self._taken:
+            number += 1
+            name = f"{base}_{number}"
+        self._taken.add(name)
+        self._of[key] = name
+        return name
+
+
+def identifier(text: str) -> str:
+    """``q.nope`` as ``q_nope``: what is no letter or digit becomes an underscore."""
+    name = re.sub(r"\W", "_", text, flags=re.ASCII)
+    return name if name and not name[0].isdigit() else f"_{name}"

@@ -1,0 +1,28 @@
+"""What moec compiles for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.errors import UnknownTarget, nearest
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device family by the name that ``--target`` takes."""
+
+    name: str
+    device: str
+    describes: str
+
+
+TARGETS = {t.name: t for t in [Target("cpu", "cpu", "PyTorch on the CPU, experts as contiguous segments")]}
+
+
+def target(name: str) -> Target:
+    """The target of that name. Raises UnknownTarget."""
+    if name not in TARGETS:
+        raise UnknownTarget(
+            f"no target is called {name!r}; there is {', '.join(TARGETS)}{nearest(name, TARGETS)}"
+        )
+    return TARGETS[name]

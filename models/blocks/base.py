@@ -1,0 +1,165 @@
+"""What all parts of a spec share: the line that made them, checks, and how one block lowers another."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moec import errors
+from moec.errors import MoecError, SourceLoc, SpecError, nearest
+from moec.ir import Builder, TensorType, Value
+
+_PACKAGE = str(Path(errors.__file__).parent) + os.sep
+_SKIPPED = ("dataclasses", "copy")  # `replace` and `copy` make blocks on somebody's behalf
+
+
+def is_moecs(file: str) -> bool:
+    """Whether a source file is part of moec, so that an error in it is no line of the user's."""
+    return file.startswith(_PACKAGE)
+
+
+def users_line() -> SourceLoc | None:
+    """The nearest line outside moec: where the user wrote what is being made."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not is_moecs(file) and frame.f_globals.get("__name__") not in _SKIPPED:
+            return SourceLoc(file, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def raised_at(trace: TracebackType | None, file: str = "") -> SourceLoc | None:
+    """The deepest line of a traceback that lies in ``file``, or outside moec where no file is given."""
+    found = None
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if name == file or (not file and not is_moecs(name)):
+            found = SourceLoc(name, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
+class _DeclaredType(type):
+    """Makes a declared object: notes the user's line, then checks the object. Errors name that line."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        loc = users_line()
+        try:
+            made = super().__call__(*args, **kwargs)
+        except TypeError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                raise  # from inside a constructor, not about its arguments
+            raise SpecError(_about_arguments(cls, error), loc=loc) from None
+        except SpecError as error:
+            raise error.at(loc) from None
+        object.__setattr__(made, "loc", loc)
+        try:
+            made.check()
+        except SpecError as error:
+            raise error.at(loc) from None
+        return made
+
+
+def _about_arguments(cls: type, error: TypeError) -> str:
+    message = str(error).replace("__init__()", "").replace(" .", " ").replace(". ", " ")
+    names = [f.name for f in fields(cls) if f.init] if is_dataclass(cls) else []
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
+    if unknown and names:
+        return f"{cls.__name__} has no field {unknown[1]!r}{nearest(unknown[1], names)}"
+    return message
+
+
+class Declared(metaclass=_DeclaredType):
+    """A part of a spec. ``loc`` is where the user made it; it takes no part in equality."""
+
+    loc: SourceLoc | None = None
+
+    def check(self) -> None:
+        """Raises SpecError where the fields contradict each other."""
+
+    def need(self, holds: bool, message: str) -> None:
+        if not holds:
+            raise SpecError(f"{type(self).__name__}: {message}", loc=self.loc)
+
+    def need_positive(self, *names: str) -> None:
+        """Each of these fields is an integer of 1 or more."""
+        for name in names:
+            value = getattr(self, name)
+            fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            self.need(fits, f"{name} must be a positive integer, not {value!r}")
+
+    def need_a(self, name: str, kind: type) -> None:
+        value = getattr(self, name)
+        self.need(isinstance(value, kind), f"{name} must be a {kind.__name__}, not {value!r}")
+
+
+class Block(Declared):
+    """A part of the network. A user's own block defines ``lower`` and nothing else:
+
+    class Residual(Block):
+        def lower(self, b, x):                        # x: [N, hidden]
+            H = x.type.shape[-1]
+            return b.add(x, b.linear(x, b.param("mix.weight", (H, H)), out="mix"))
+
+    It can be an ``attn`` or ``mlp`` of a Decoder, or the block of a Layer. A frozen dataclass that compares equal to
+    another shares its code with it.
+    """
+
+    # What one token keeps in the KV cache of one layer, None where the block keeps nothing.
+    cache_entry: tuple[int, ...] | None = None
+
+    def lower(self, b: Builder, x: Value) -> Value:
+        """Writes the block's ops for x [N, hidden] and returns its result."""
+        raise NotImplementedError(f"{type(self).__name__} has no lower(self, b, x)")
+
+
+def lower_block(block: Block, b: Builder, x: Value) -> Value:
+    """``block.lower(b, x)``; whatever goes wrong in it is reported at the user's line."""
+    try:
+        y = block.lower(b, x)
+    except MoecError as error:
+        if error.loc is None or is_moecs(error.loc.file):
+            error.loc = block.loc
+        raise
+    except Exception as error:
+        file = type(block).lower.__code__.co_filename
+        if is_moecs(file) and not isinstance(error, NotImplementedError):
+            raise
+        loc = raised_at(error.__traceback__, file) or block.loc
+        what = str(error) if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {error}"
+        raise SpecError(f"{type(block).__name__}.lower: {what}", loc=loc) from None
+    if not isinstance(y, Value):
+        raise SpecError(f"{type(block).__name__}.lower returns {y!r}, not a value of the graph", loc=block.loc)
+    return y
+
+
+def lower_stream(block: Block, b: Builder, x: Value) -> Value:
+    """``lower_block`` of a part of the residual stream: the result must have x's type."""
+    y = lower_block(block, b, x)
+    if y.type != x.type:
+        raise SpecError(
+            f"{type(block).__name__} takes {x.type} but returns {y.type}; what joins the residual stream keeps its type",
+            loc=block.loc,
+        )
+    return y
+
+
+def tensor(x: Value) -> TensorType:
+    """x's type, known to be a tensor's."""
+    if not isinstance(x.type, TensorType):
+        raise SpecError(f"{x.text} is {x.type}, not a tensor")
+    return x.type
+
+
+def width(x: Value) -> int:
+    """The last axis of x."""
+    size = tensor(x).shape[-1]
+    if not isinstance(size, int):
+        raise SpecError(f"{x.text} is {x.type}: its last axis must be a number")
+    return size

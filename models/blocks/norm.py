@@ -1,0 +1,22 @@
+"""Normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.ir import Builder, Value
+from moec.models.blocks.base import Block, width
+
+
+@dataclass(frozen=True)
+class RMSNorm(Block):
+    """x / sqrt(mean(x²) + eps) · w over the last axis (Zhang and Sennrich 2019); parameter ``{name}.weight``."""
+
+    eps: float = 1e-6
+    name: str = "norm"
+    out: str = ""
+
+    def lower(self, b: Builder, x: Value) -> Value:
+        weight = b.param(f"{self.name}.weight", (width(x),))
+        y: Value = b.rms_norm(x, weight, eps=float(self.eps), out=self.out or self.name)
+        return y

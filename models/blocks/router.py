@@ -1,0 +1,85 @@
+"""Which experts a token goes to, and with what weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.ir import Builder, Value
+from moec.ir.types import f32
+from moec.models.blocks.base import Declared, width
+
+
+@dataclass(frozen=True)
+class Router(Declared):
+    """Scores of a linear gate, the best ``top_k`` of ``experts``.
+
+    score          ``softmax`` over all experts, or ``sigmoid`` of each (V3)
+    renorm         the chosen weights are divided by their sum
+    scale          multiplies the weights last
+    groups         the experts are that many equal runs, of which the best ``topk_groups`` may be chosen from
+    group_score    a group's best score (V2: ``max``) or the sum of its two best (V3: ``top2sum``)
+    masked         what the other groups' experts count as when choosing: ``zero`` (V2) or ``neginf`` (V3)
+    bias           ``e_score_correction_bias`` [experts] in fp32 takes part in choosing, not in the weights (V3)
+    fp32           logits in fp32 (DeepSeek), not in the model's dtype
+    round_weights  weights rounded to the model's dtype (Qwen, OLMoE), not kept in fp32
+    """
+
+    experts: int
+    top_k: int
+    score: str = "softmax"
+    renorm: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    topk_groups: int = 1
+    group_score: str = "max"
+    masked: str = "neginf"
+    bias: bool = False
+    fp32: bool = False
+    round_weights: bool = False
+    name: str = "gate"
+
+    def check(self) -> None:
+        self.need_positive("experts", "top_k", "groups", "topk_groups")
+        self.need(self.top_k <= self.experts, f"top_k is {self.top_k} of {self.experts} experts")
+        self.need(self.score in ("softmax", "sigmoid"), f"score is softmax or sigmoid, not {self.score!r}")
+        self.need(self.experts % self.groups == 0, f"{self.experts} experts don't make {self.groups} equal groups")
+        self.need(self.topk_groups <= self.groups, f"topk_groups is {self.topk_groups} of {self.groups} groups")
+        self.need(self.group_score in ("max", "top2sum"), f"group_score is max or top2sum, not {self.group_score!r}")
+        self.need(self.masked in ("zero", "neginf"), f"masked is zero or neginf, not {self.masked!r}")
+        size = self.experts // self.groups
+        self.need(
+            self.groups == 1 or size > 1 or self.group_score == "max", "a group of one expert has no two best"
+        )
+        self.need(
+            self.groups == 1 or self.masked == "zero" or self.top_k <= size * self.topk_groups,
+            f"top_k is {self.top_k}, but {self.topk_groups} groups of {size} allow {size * self.topk_groups}",
+        )
+
+    def lower(self, b: Builder, x: Value) -> tuple[Value, Value]:
+        """x [N, H] to the weights [N, k], best first, and the experts' ids [N, k] int32."""
+        with b.scope(self.name):
+            weight = b.param("weight", (self.experts, width(x)))
+            logits = b.linear(x, weight, acc=f32 if self.fp32 else None, out="logits")
+            bias = b.param("e_score_correction_bias", (self.experts,), f32) if self.bias else None
+        w, id = b.route(
+            logits,
+            bias,
+            score=self.score,
+            k=self.top_k,
+            renorm=self.renorm,
+            scale=float(self.scale),
+            dtype=b.dtype if self.round_weights else f32,
+            out=("w", "id"),
+            **self._grouping(),
+        )
+        return w, id
+
+    def _grouping(self) -> dict[str, object]:
+        if self.groups == 1:
+            return {}
+        return {
+            "groups": self.groups,
+            "topk_groups": self.topk_groups,
+            "group_score": self.group_score,
+            "masked": self.masked,
+        }

@@ -1,0 +1,42 @@
+"""The gated MLP (Shazeer 2020, GLU variants)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.ir import Builder, Value
+from moec.models.blocks.base import Block, Declared, width
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def need_activation(part: Declared, act: str) -> None:
+    part.need(act in ACTIVATIONS, f"act is one of {', '.join(ACTIVATIONS)}, not {act!r}")
+
+
+@dataclass(frozen=True)
+class SwiGLU(Block):
+    """W_down · (act(W_gate·x) · W_up·x), of ``intermediate`` columns."""
+
+    intermediate: int
+    act: str = "silu"
+    bias: bool = False
+    name: str = "mlp"
+
+    def check(self) -> None:
+        self.need_positive("intermediate")
+        need_activation(self, self.act)
+
+    def lower(self, b: Builder, x: Value) -> Value:
+        """x [N, H] to [N, H]."""
+        with b.scope(self.name):
+            tag = "shared." if "shared" in self.name else ""
+            gate = self._linear(b, x, "gate_proj", self.intermediate, f"{tag}gate")
+            up = self._linear(b, x, "up_proj", self.intermediate, f"{tag}up")
+            h = b.swiglu(gate, up, act=self.act, out=f"{tag}h")
+            return self._linear(b, h, "down_proj", width(x), f"{tag}down")
+
+    def _linear(self, b: Builder, x: Value, name: str, rows: int, out: str) -> Value:
+        weight = b.param(f"{name}.weight", (rows, width(x)))
+        y: Value = b.linear(x, weight, b.param(f"{name}.bias", (rows,)) if self.bias else None, out=out)
+        return y

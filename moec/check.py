@@ -1,0 +1,227 @@
+"""A package against the reference interpreter, on the same tokens and the same weights.
+
+The interpreter runs the package's naive IR (``ir/000_naive.moec``, before any pass) op by op; the package runs what was
+generated from the optimised IR. Both prefill ragged prompts and then decode through the paged cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec import runtime
+from moec.codegen.render import identifier
+from moec.errors import BadOption, NotAPackage
+from moec.ir import Interpreter, Module, read_module
+from moec.ir.op import Op
+from moec.ir.ops.control import Call
+from moec.ir.types import CacheType, TensorType
+from moec.runtime.batch import Batch, next_batch
+from moec.runtime.cache import CachedSequence
+from moec.runtime.checkpoint import Checkpoint, open_checkpoint
+
+# Largest error that counts as equal, by the model's dtype. In fp32 the two differ by the order of sums alone. In 16 bits
+# a rounding may flip a choice of experts, which changes that token and those that attend to it: judge the median token.
+TOLERANCE = {"f32": 1e-4, "bf16": 4e-2, "f16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Errors of one value, relative to its largest magnitude; each token counts by its worst element."""
+
+    value: str
+    shape: tuple[int, ...]
+    worst: float
+    median: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    rows: list[Row]
+    tolerance: float
+    judged: str  # "worst" or "median"
+    same_tokens: int
+    tokens: int
+
+    @property
+    def ok(self) -> bool:
+        """Every value within the tolerance and, in fp32, every greedy token the same."""
+        return all(r.ok for r in self.rows) and (self.judged == "median" or self.same_tokens == self.tokens)
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """A checkpoint as the mapping that the interpreter takes."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._names = checkpoint, set(checkpoint.names())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._checkpoint.tensor(name)
+
+    def __iter__(self) -> Any:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def verify_package(
+    package: Path,
+    weights: Any,
+    *,
+    tokens: int = 24,
+    decode: int = 4,
+    seed: int = 0,
+    prompts: Iterable[list[int]] | None = None,
+    tolerance: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Verdict:
+    """Compares the package with the interpreter of its naive IR.
+
+    Random prompts of ``tokens`` tokens, a third of that, and one token (or ``prompts``), then ``decode`` greedy steps.
+    Raises the errors of ``moec.load``.
+    """
+    model = runtime.load(package, weights)
+    module = read_module(package / "ir" / "000_naive.moec")
+    tensors = _Tensors(open_checkpoint(weights, model.manifest["checkpoint"]))
+    dtype = model.manifest["dtype"]
+    limit = TOLERANCE[dtype] if tolerance is None else tolerance
+    judged = "worst" if dtype == "f32" else "median"
+    compare = _Comparison(limit, judged)
+    if isinstance(model, runtime.LayerModel):
+        _verify_layer(model, module, tensors, tokens, seed, compare)
+        return compare.verdict()
+    generator = torch.Generator().manual_seed(seed)
+    if prompts is None:
+        lengths = (tokens, max(1, tokens // 3), 1)
+        prompts = [torch.randint(model.vocab, (n,), generator=generator).tolist() for n in lengths]
+    new = [list(p) for p in prompts]
+    pair = _Pair(model, module, tensors, len(new), sum(map(len, new)) + (decode + 64) * len(new))
+    for number in range(decode + 1):
+        say(f"prefill of {sum(map(len, new))} tokens" if number == 0 else f"decode step {number} of {decode}")
+        new = pair.step("prefill" if number == 0 else f"decode {number}", new, compare)
+    return compare.verdict()
+
+
+def _verify_layer(
+    model: runtime.LayerModel, module: Module, tensors: _Tensors, rows: int, seed: int, compare: _Comparison
+) -> None:
+    want = module["forward"].args[0].type
+    if not isinstance(want, TensorType):
+        raise NotAPackage(f"@forward takes {want}, not a tensor")
+    x = torch.randn(rows, model.manifest["hidden"], generator=torch.Generator().manual_seed(seed))
+    x = x.to(want.dtype.torch)
+    (expected,) = Interpreter(module, tensors).run("forward", x)
+    compare.add("forward", expected, model.forward(x))
+
+
+class _Comparison:
+    """Collects rows and token counts."""
+
+    def __init__(self, limit: float, judged: str) -> None:
+        if limit <= 0:
+            raise BadOption(f"tolerance is {limit}; it must be above 0")
+        self.limit, self.judged = limit, judged
+        self.rows: list[Row] = []
+        self.same = self.tokens = 0
+
+    def add(self, value: str, expected: torch.Tensor, got: torch.Tensor) -> None:
+        error = token_errors(expected, got)
+        worst = float(error.max()) if error.numel() else 0.0
+        median = float(error.median()) if error.numel() else 0.0
+        ok = (worst if self.judged == "worst" else median) <= self.limit
+        self.rows.append(Row(value, tuple(expected.shape), worst, median, ok))
+
+    def count_tokens(self, expected: torch.Tensor, got: torch.Tensor) -> None:
+        self.tokens += expected.numel()
+        self.same += int((expected == got).sum())
+
+    def verdict(self) -> Verdict:
+        return Verdict(self.rows, self.limit, self.judged, self.same, self.tokens)
+
+
+def token_errors(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """[rows]: each row's largest difference over the largest magnitude of all; infinite where only one is NaN."""
+    a, b = expected.double().flatten(1), got.double().flatten(1)
+    if a.shape != b.shape:
+        return torch.full((max(a.shape[0], 1),), torch.inf)
+    if not a.numel():
+        return torch.zeros(0)
+    scale = a[a.isfinite()].abs().max() if a.isfinite().any() else torch.tensor(1.0)
+    difference = torch.where(a.isnan() & b.isnan(), 0.0, (a - b).abs()).nan_to_num(
+        nan=torch.inf, posinf=torch.inf
+    )
+    return difference.amax(1) / scale.clamp(min=1e-30)
+
+
+class _Pair:
+    """The model and the interpreter, stepping side by side, each with its own cache."""
+
+    def __init__(
+        self, model: runtime.LanguageModel, module: Module, tensors: _Tensors, sequences: int, room: int
+    ) -> None:
+        self.model, self.module = model, module
+        self.cache = model.new_cache(room)
+        self.sequences = [CachedSequence(self.cache) for _ in range(sequences)]
+        self.expected: dict[str, torch.Tensor] = {}
+        self.got: dict[str, torch.Tensor] = {}
+        self.interpreter = Interpreter(module, tensors, self._observe)
+        types = [a.type for a in module["step"].args if isinstance(a.type, CacheType)]
+        self.state = [
+            self.interpreter.new_cache(t, max(s.layers) + 1, self.cache.pages)
+            for t, s in zip(types, model.cache_specs, strict=True)
+        ]
+        self._record_layers()
+
+    def _observe(self, function: str, op: Op, scope: str, results: tuple[Any, ...]) -> None:
+        """Keeps a layer's first output under its scope, when the op that makes it has run."""
+        outputs = self.module[function].outputs
+        if scope.removesuffix(".") in self.got and outputs and outputs[0] in op.results:
+            self.expected[scope.removesuffix(".")] = results[
+                [r is outputs[0] for r in op.results].index(True)
+            ]
+
+    def _record_layers(self) -> None:
+        """Wraps the generated layer functions, so that each one's result is kept under its scope."""
+        code = self.model.package.module("model")
+        self.model._code = code
+        for op in self.module["step"].ops:
+            if isinstance(op, Call):
+                name = identifier(op.callee)
+                if hasattr(code, name) and not hasattr(getattr(code, name), "recorded"):
+                    setattr(code, name, self._recorder(getattr(code, name), op.scope))
+
+    def _recorder(self, function: Callable[..., Any], scope: str) -> Callable[..., Any]:
+        def recorded(layer: int, *args: Any) -> Any:
+            out = function(layer, *args)
+            self.got[scope.replace("*", str(layer))] = out[0] if isinstance(out, tuple) else out
+            return out
+
+        recorded.recorded = True  # type: ignore[attr-defined]
+        return recorded
+
+    def step(self, label: str, new: list[list[int]], compare: _Comparison) -> list[list[int]]:
+        """One step of both; the next tokens, greedily by the interpreter's logits."""
+        batch = next_batch(self.sequences, new)
+        got = self.model.hidden(batch, self.cache)
+        expected = self._interpret(batch)
+        for scope, value in self.expected.items():
+            compare.add(f"{label}: {scope}", value, self.got[scope])
+        rows = batch.cu_seqlens[1:].long() - 1
+        (expected_logits,) = self.interpreter.run("head", expected[rows])
+        got_logits = self.model.head(got[rows])
+        compare.add(f"{label}: logits", expected_logits, got_logits)
+        tokens = expected_logits.argmax(-1)
+        compare.count_tokens(tokens, got_logits.argmax(-1))
+        return [[int(t)] for t in tokens]
+
+    def _interpret(self, batch: Batch) -> torch.Tensor:
+        hidden, *self.state = self.interpreter.run("step", *batch.tensors(), *self.state)
+        return torch.as_tensor(hidden)

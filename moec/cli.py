@@ -1,0 +1,86 @@
+"""The command line. Commands live in ``moec/commands``, one file each, and are imported when they are run."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from moec import __version__
+from moec.errors import MoecError
+
+# Name of the command, the module that holds it, and what `moec --help` says without importing it.
+COMMANDS = {
+    "build": ("build", "Compile a model spec into a package."),
+    "list": ("list", "List models, targets, passes or ops."),
+    "show": ("show", "Print the IR of a spec or package, or a generated kernel."),
+    "opt": ("opt", "Read IR, run passes over it, print IR."),
+    "verify": ("verify", "Compare a package with the reference interpreter."),
+    "run": ("run", "Continue a prompt."),
+    "bench": ("bench", "Time prefill and decode of a package."),
+}
+
+
+class Commands(click.Group):
+    """Imports a command only when it is asked for: --help needs no torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _ = COMMANDS[cmd_name]
+        command: click.Command = import_module(f"moec.commands.{module}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help) for name, (_, help) in COMMANDS.items()])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moec")
+def moec() -> None:
+    """Compile Mixture-of-Experts transformers to readable kernels, and run them."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exit codes: 0, 1 a user's error, 2 usage, 70 a bug in moec."""
+    sys.exit(run(argv))
+
+
+def run(argv: list[str] | None = None) -> int:
+    try:
+        result: Any = moec.main(args=argv, prog_name="moec", standalone_mode=False)
+    except MoecError as error:
+        click.echo(error, err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:  # `moec show x | head`
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        return _bug(error)
+    return result if isinstance(result, int) else 0
+
+
+def _bug(error: Exception) -> int:
+    """What moec did not foresee: one line, and the trace in a file that a report can carry."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="moec-bug-", suffix=".txt", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)))
+    click.echo(
+        f"error[M0001] a bug in moec: {type(error).__name__}: {error}\n  the trace is in {file.name}",
+        err=True,
+    )
+    return 70

@@ -1,0 +1,93 @@
+"""``moec build SPEC``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moec.commands import ui
+from moec.config import BuildOptions
+
+
+@click.command("build")
+@click.argument("spec")
+@click.option("--target", help="What to compile for; see `moec list targets`. Default: cpu.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="The package's folder. Default: build/NAME."
+)
+@click.option("--dtype", help="f32, bf16 or f16; the model's own by default.")
+@click.option("-O", "opt_level", type=int, help="Optimisation level 0 to 3. Default: 2.")
+@click.option("-p", "--passes", help="This pipeline instead, as 'canonicalise,expert-grouping'.")
+@click.option("--layers", help="Only the first N layers, or layers A-B.")
+@click.option("--weights", type=click.Path(path_type=Path), help="A folder of safetensors to check now.")
+@click.option("--force", is_flag=True, help="Replace an existing package.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
+def command(
+    spec: str, out: Path | None, weights: Path | None, as_json: bool, force: bool, **given: Any
+) -> None:
+    """Compile SPEC into a package.
+
+    SPEC is a preset (`moec list models`), a Hugging Face folder or its config.json, or a model of your own as
+    FILE.py:NAME.
+    """
+    options = BuildOptions.from_environment(**given, force=force or None)
+    start = time.perf_counter()
+    with ui.status(f"building {spec}") as say:
+        from moec.driver import build
+
+        built = build(spec, out=out, options=options, weights=weights, progress=say)
+    seconds = time.perf_counter() - start
+    if as_json:
+        ui.emit_json({"package": str(built.path), "seconds": round(seconds, 3), "manifest": built.manifest})
+    else:
+        report(built, seconds)
+
+
+def report(built: Any, seconds: float) -> None:
+    """What was built, in a few lines."""
+    manifest = built.manifest
+    click.echo(
+        f"{manifest['name']} for {manifest['target']}, {manifest['dtype']}: {built.path}  ({seconds:.1f} s)"
+    )
+    for label, value in facts(manifest):
+        click.echo(f"  {label:<12} {value}")
+    click.echo(f"  {'IR':<12} {', '.join(f.name for f in built.ir_files)}")
+    kernels = [f.name for f in built.sources if f.parent.name == "kernels" and f.name != "__init__.py"]
+    click.echo(
+        f"  {'sources':<12} model.py, weights.py" + (f", kernels/: {', '.join(kernels)}" if kernels else "")
+    )
+
+
+def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """Figures of a package that its manifest gives."""
+    from moec.runtime.cache import CacheSpec
+
+    count = size = 0
+    bits = {"f64": 64, "f32": 32, "bf16": 16, "f16": 16}
+    for entry in manifest["parameters"]:
+        elements = 1
+        for axis in (*entry["shape"], *(last - first + 1 for first, last in entry["ranges"])):
+            elements *= axis
+        count += elements
+        size += elements * bits.get(entry["dtype"], 8) // 8
+    found = [("parameters", f"{human(count)} ({human(size)}B)")]
+    for cache in map(CacheSpec.of, manifest["caches"]):
+        entry = " × ".join(map(str, cache.entry))
+        found.append(
+            (
+                "KV cache",
+                f"{entry} elements a token and layer, {cache.bytes_per_token:,} bytes a token over all layers",
+            )
+        )
+    return found
+
+
+def human(value: float) -> str:
+    """Three digits with a decimal prefix."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "K")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.0f} "

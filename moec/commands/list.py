@@ -1,0 +1,64 @@
+"""``moec list models|targets|passes|ops``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from moec.commands import ui
+
+Rows = tuple[list[str], list[list[Any]]]
+
+
+def _summary(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def _models() -> Rows:
+    from moec.models import PRESETS
+
+    return ["model", "family", "what it is"], [[p.name, p.family, p.summary] for p in PRESETS.values()]
+
+
+def _targets() -> Rows:
+    from moec.codegen import TARGETS
+
+    return ["target", "device", "what it is"], [[t.name, t.device, t.describes] for t in TARGETS.values()]
+
+
+def _passes() -> Rows:
+    from moec.passes import PASSES
+
+    return ["pass", "options", "what it does"], [
+        [name, str(cls())[len(name) :] or "", _summary(cls)] for name, cls in sorted(PASSES.items())
+    ]
+
+
+def _ops() -> Rows:
+    from moec.ir import OPS
+
+    rows = []
+    for name, cls in sorted(OPS.items()):
+        operands = ", ".join(
+            f"{s.name}..." if s.variadic else f"{s.name}?" if s.optional else s.name
+            for s in cls.operand_specs
+        )
+        attrs = ", ".join(k for k, s in cls.attr_specs.items() if not s.hidden)
+        rows.append([name, operands, attrs, _summary(cls)])
+    return ["op", "operands", "attributes", "what it does"], rows
+
+
+KINDS = {"models": _models, "targets": _targets, "passes": _passes, "ops": _ops}
+
+
+@click.command("list")
+@click.argument("kind", type=click.Choice(list(KINDS)))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(kind: str, as_json: bool) -> None:
+    """List models, targets, passes or ops."""
+    columns, rows = KINDS[kind]()
+    if as_json:
+        ui.emit_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        ui.table("", columns, rows)

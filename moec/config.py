@@ -1,0 +1,66 @@
+"""All options of a build in one place, and the only reader of ``MOEC_*`` environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from moec.errors import BadOption
+
+
+def _option(default: Any, doc: str, variable: str = "") -> Any:
+    return field(default=default, metadata={"doc": doc, "variable": variable})
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What ``moec build`` can be told beside the spec; a field's documentation is in its metadata."""
+
+    target: str = _option("cpu", "what to compile for", "MOEC_TARGET")
+    dtype: str | None = _option(
+        None, "dtype of weights and activations; the model's own by default", "MOEC_DTYPE"
+    )
+    opt_level: int = _option(
+        2, "0: naive, 1: cleaned up, 2: optimised, 3: also what costs build time", "MOEC_OPT"
+    )
+    passes: str | None = _option(
+        None, "this pipeline in place of the level's, as 'a,b{option=1}'", "MOEC_PASSES"
+    )
+    layers: str | None = _option(None, "only the first N layers, or layers A-B")
+    force: bool = _option(False, "replace an existing package")
+    oracle: bool = _option(False, "run the reference interpreter before and after each pass", "MOEC_ORACLE")
+
+    def __post_init__(self) -> None:
+        """Raises BadOption for a value out of range."""
+        if self.opt_level not in (0, 1, 2, 3):
+            raise BadOption(f"opt_level is {self.opt_level!r}; it must be 0, 1, 2 or 3")
+        if self.dtype not in (None, "f32", "bf16", "f16"):
+            raise BadOption(f"dtype is {self.dtype!r}; it must be f32, bf16 or f16")
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] | None = None, **given: Any) -> BuildOptions:
+        """``given`` where it is not None, else the environment's ``MOEC_*``, else the default. Raises BadOption."""
+        environment = os.environ if environment is None else environment
+        values = {key: value for key, value in given.items() if value is not None}
+        for option in fields(BuildOptions):
+            variable = option.metadata["variable"]
+            if option.name not in values and variable and environment.get(variable):
+                values[option.name] = _read(variable, environment[variable], option.default)
+        return BuildOptions(**values)
+
+    def as_manifest(self) -> dict[str, Any]:
+        """What influenced the result; where it was written did not."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("force", "oracle")}
+
+
+def _read(variable: str, text: str, default: Any) -> Any:
+    try:
+        if isinstance(default, bool):
+            return {"0": False, "1": True}[text]
+        return int(text) if isinstance(default, int) else text
+    except (ValueError, KeyError):
+        raise BadOption(
+            f"{variable}={text!r} is no {'0 or 1' if isinstance(default, bool) else 'number'}"
+        ) from None

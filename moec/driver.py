@@ -1,0 +1,126 @@
+"""From a spec to a package: the whole compiler in one readable function."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moec import __version__, codegen, models, passes
+from moec.config import BuildOptions
+from moec.errors import WeightsUnreadable
+from moec.ir import Module
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A package on disk. It can be given wherever a path can: ``moec.load(built, weights=...)``."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def ir_files(self) -> list[Path]:
+        """The IR before the first pass and after each."""
+        return sorted((self.path / "ir").glob("*.moec"))
+
+    @property
+    def sources(self) -> list[Path]:
+        """The generated Python files."""
+        return sorted(self.path.rglob("*.py"))
+
+
+def build(
+    spec: Any,
+    target: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    options: BuildOptions | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Built:
+    """Compiles ``spec`` into the package folder ``out`` (by default ``build/NAME``).
+
+    spec      preset name | Hugging Face folder or config.json | ``file.py:name`` | models.Model or Layer
+    target    ``cpu`` by default; see ``moec list targets``
+    dtype     ``f32``, ``bf16`` or ``f16`` for weights and activations; the model's own by default
+    weights   a folder of safetensors to check against the model now rather than at the first load
+    progress  called with a line for each stage
+
+    Raises a MoecError; then nothing is left in ``out``.
+    """
+    chosen = options or BuildOptions.from_environment()
+    chosen = replace(chosen, target=target or chosen.target, dtype=dtype or chosen.dtype)
+    say = progress or (lambda line: None)
+
+    goal = codegen.target(chosen.target)
+    model = models.resolve(spec)
+    if chosen.layers is not None:
+        model = model.with_layers(chosen.layers)
+    if chosen.dtype is not None:
+        model = model.with_dtype(chosen.dtype)
+    folder = Path(out) if out is not None else Path("build") / model.name
+
+    with codegen.staging(folder, chosen.force) as aside:
+        say(f"lowering {model.name}")
+        module = models.lower(model)
+        module.target = goal.name
+        optimise(module, chosen, aside, say)
+        say("emitting")
+        manifest = codegen.write_package(aside, module, goal, __version__, describe(model, chosen))
+        if weights is not None:
+            say("checking the weights")
+            check_weights(weights, manifest)
+    return Built(folder, manifest)
+
+
+def pipeline_of(options: BuildOptions) -> list[passes.Pass]:
+    """The passes that these options ask for."""
+    if options.passes is not None:
+        return passes.parse_pipeline(options.passes)
+    return passes.pipeline(options.opt_level, options.target)
+
+
+def optimise(module: Module, options: BuildOptions, folder: Path, say: Progress) -> None:
+    """Runs the pipeline over ``module``, leaving the dumps and the event log in ``folder``."""
+
+    class Announce(passes.Instrument):
+        def before(self, run: passes.PassRun, module: Module) -> None:
+            say(f"pass {run.ran.name}")
+
+    instruments = [Announce(), passes.Dump(folder / "ir"), passes.Events(folder / "events.jsonl")]
+    passes.PassManager(pipeline_of(options), instruments).run(module)
+
+
+def describe(model: Any, options: BuildOptions) -> dict[str, Any]:
+    """What the manifest says of the model beside its tensors."""
+    return {
+        "name": model.name,
+        "dtype": model.dtype,
+        "hidden": model.hidden,
+        "vocab": getattr(model, "vocab", None),
+        "max_positions": getattr(model, "max_positions", None),
+        "eos": list(getattr(model, "eos", ()) or ()),
+        "options": options.as_manifest(),
+        "ignored": [list(pair) for pair in getattr(model, "ignored", ())],
+    }
+
+
+def check_weights(weights: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
+    """Raises the error that loading ``weights`` would, from the files' headers alone."""
+    from moec.runtime.checkpoint import expand, open_checkpoint
+    from moec.runtime.weights import check
+
+    folder = Path(weights)
+    if not folder.is_dir():
+        raise WeightsUnreadable(f"{folder} is no folder")
+    wanted = {name: entry for entry in manifest["checkpoint"] for name in expand(entry)}
+    check(open_checkpoint(folder, manifest["checkpoint"]), wanted, manifest["ignored"])

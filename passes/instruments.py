@@ -1,0 +1,164 @@
+"""What can watch a pipeline: IR dumps, an event log, and the interpreter as an oracle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec.errors import InternalError, OutputUnwritable
+from moec.ir import Interpreter, Module, Op, TensorType, print_module
+from moec.ir.ops.attention import PagedCache
+from moec.passes.manager import Instrument, PassRun
+
+
+class Dump(Instrument):
+    """Writes ``000_naive.moec`` and, after each pass, ``NNN_pass.moec`` into a folder."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.files: list[Path] = []
+
+    def start(self, module: Module) -> None:
+        self.files = []
+        self._write("naive", module)
+
+    def after(self, run: PassRun, module: Module) -> None:
+        self._write(run.ran.name, module)
+
+    def replay(self, run: PassRun) -> str:
+        if len(self.files) < run.number:
+            return ""
+        option = str(run.ran)
+        quoted = f"'{option}'" if "{" in option else option
+        return f"moec opt {self.files[run.number - 1]} -p {quoted}"
+
+    def _write(self, name: str, module: Module) -> None:
+        path = self.folder / f"{len(self.files):03d}_{name}.moec"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(print_module(module), encoding="utf-8")
+        except OSError as error:
+            raise OutputUnwritable(f"can't write the IR: {error}") from None
+        self.files.append(path)
+
+
+class Events(Instrument):
+    """A row for each pass: time, ops before and after, rules that fired, rules that didn't and why."""
+
+    def __init__(self, path: Path | str | None = None) -> None:
+        self.path = Path(path) if path is not None else None
+        self.rows: list[dict[str, Any]] = []
+
+    def start(self, module: Module) -> None:
+        self.rows = []
+
+    def after(self, run: PassRun, module: Module) -> None:
+        self.rows.append(
+            {
+                "number": run.number,
+                "pass": str(run.ran),
+                "changed": run.changed,
+                "seconds": round(run.seconds, 6),
+                "ops_before": run.ops_before,
+                "ops_after": run.ops_after,
+                "fired": run.fired,
+                "misses": run.misses,
+            }
+        )
+
+    def finish(self, module: Module) -> None:
+        """Writes the rows, one JSON object a line, where a path was given."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        except OSError as error:
+            raise OutputUnwritable(f"can't write the events: {error}") from None
+
+
+class Oracle(Instrument):
+    """Interprets the module before and after each pass on the same inputs and compares.
+
+    ``inputs`` maps an entry function to its arguments (for one that takes none: ``()``). ``rows`` gets, for
+    each pass:
+
+        outputs   {"step.0": error}: each output of each entry
+        values    {"step:%h": error, "layer.moe@model.layers.3.:%xe": ...}: every value that both have by
+                  that name and type. A pass may give an old name to another value: an error here is a hint.
+
+    An error is the largest difference over the largest magnitude before; infinite where only one has a NaN.
+    With a ``tolerance``, a pass whose outputs differ by more is an error."""
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Sequence[Any]],
+        weights: Mapping[str, torch.Tensor],
+        tolerance: float | None = None,
+    ) -> None:
+        self.inputs, self.weights, self.tolerance = inputs, weights, tolerance
+        self.rows: list[dict[str, Any]] = []
+        self._outputs: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
+
+    def start(self, module: Module) -> None:
+        self.rows = []
+        self._outputs, self._values = self._interpret(module)
+
+    def after(self, run: PassRun, module: Module) -> None:
+        outputs, values = self._interpret(module)
+        errors = {k: relative_error(self._outputs[k], v) for k, v in outputs.items()}
+        row = {
+            "pass": str(run.ran),
+            "outputs": errors,
+            "values": {
+                k: relative_error(self._values[k][1], v)
+                for k, (type, v) in values.items()
+                if k in self._values and self._values[k][0] == type
+            },
+        }
+        self.rows.append(row)
+        self._outputs, self._values = outputs, values
+        error, worst = max(((e, k) for k, e in errors.items()), default=(0.0, ""))
+        if self.tolerance is not None and error > self.tolerance:
+            raise InternalError(
+                f"{run.ran.name} changed {worst} by {error:.2e}, more than {self.tolerance:.2e}"
+            )
+
+    def _interpret(self, module: Module) -> tuple[dict[str, Any], dict[str, Any]]:
+        values: dict[str, Any] = {}
+
+        def observe(function: str, op: Op, scope: str, results: tuple[Any, ...]) -> None:
+            where = f"{function}@{scope}" if scope else function
+            for res, got in zip(op.results, results, strict=True):
+                if isinstance(res.type, TensorType):
+                    values[f"{where}:{res.text}"] = (res.type, got)
+
+        interpreter = Interpreter(module, self.weights, observe)
+        outputs = {}
+        for function, args in self.inputs.items():
+            for number, got in enumerate(interpreter.run(function, *args)):
+                outputs[f"{function}.{number}"] = got
+        return outputs, values
+
+
+def relative_error(before: Any, after: Any) -> float:
+    """max |after - before| / max |before|; infinite where shapes or NaNs differ."""
+    if isinstance(before, PagedCache):
+        return max((relative_error(t, after.layers[n]) for n, t in before.layers.items()), default=0.0)
+    if before.shape != after.shape:
+        return float("inf")
+    a, b = before.double().flatten(), after.double().flatten()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool(same.all()):
+        return 0.0
+    a, b = a[~same], b[~same]
+    if not bool((a.isfinite() & b.isfinite()).all()):
+        return float("inf")
+    finite = before.double().flatten()
+    scale = float(finite[finite.isfinite()].abs().max())
+    return float((b - a).abs().max()) / max(scale, 1e-30)

@@ -1,0 +1,169 @@
+"""Passes, their registry, and the manager that runs them in order.
+
+A pass is a class with a name and, where it has any, a frozen dataclass of options. See the package's
+docstring for a template. The manager verifies the module after each pass and tells its instruments what
+happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from moec.errors import InternalError, MoecError, UnknownPass, nearest
+from moec.ir import Module, verify
+from moec.passes.options import read_options, show_options, split_pipeline
+from moec.passes.pattern import Rules
+from moec.passes.rewrite import Log, rewrite
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a pass that has none."""
+
+
+class Pass:
+    """One rewrite of a module. ``str(pass)`` is what ``parse_pipeline`` reads."""
+
+    name: ClassVar[str] = ""
+    Options: ClassVar[type[Any]] = NoOptions
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.Options() if options is None else options
+        self.log = Log()
+
+    def run(self, module: Module) -> bool:
+        """Rewrites ``module`` in place; whether anything changed. A second run changes nothing."""
+        raise NotImplementedError
+
+    def apply(self, module: Module, rules: Rules) -> bool:
+        """Applies a table of rules until none fires, logging to ``self.log``."""
+        return rewrite(module, rules, self.name, self.log)
+
+    def __str__(self) -> str:
+        return self.name + show_options(self.options)
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pass) and (self.name, self.options) == (other.name, other.options)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.options))
+
+
+PASSES: dict[str, type[Pass]] = {}
+_P = TypeVar("_P", bound=type[Pass])
+
+
+def register(cls: _P) -> _P:
+    """Class decorator: makes the pass known by its name."""
+    if cls.name in PASSES:
+        raise RuntimeError(f"two passes are called {cls.name}")
+    PASSES[cls.name] = cls
+    return cls
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The pass of that name. Raises UnknownPass with the nearest names."""
+    if name not in PASSES:
+        hint = nearest(name, PASSES) or f"; there are {', '.join(sorted(PASSES))}"
+        raise UnknownPass(f"no pass is called {name!r}{hint}")
+    return PASSES[name]
+
+
+def parse_pipeline(text: str) -> list[Pass]:
+    """``a,b{x=1},c`` as passes with their options. Raises UnknownPass or BadOption."""
+    passes = []
+    for name, given in split_pipeline(text):
+        cls = pass_class(name)
+        passes.append(cls(read_options(name, cls.Options, given)))
+    return passes
+
+
+def print_pipeline(passes: Iterable[Pass]) -> str:
+    return ",".join(map(str, passes))
+
+
+@dataclass
+class PassRun:
+    """What one run of one pass did. ``number`` counts from 1; 0 is the module as it came."""
+
+    number: int
+    ran: Pass
+    changed: bool = False
+    seconds: float = 0.0
+    ops_before: int = 0
+    ops_after: int = 0
+    fired: dict[str, int] = field(default_factory=dict)
+    misses: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Instrument:
+    """Watches a pipeline. Every hook may be left out."""
+
+    def start(self, module: Module) -> None:
+        """Before the first pass."""
+
+    def before(self, run: PassRun, module: Module) -> None: ...
+
+    def after(self, run: PassRun, module: Module) -> None:
+        """After a pass, once the module has been verified."""
+
+    def finish(self, module: Module) -> None:
+        """After the last pass."""
+
+    def replay(self, run: PassRun) -> str:
+        """The command that repeats the failing pass, for whoever can say; nothing for the others."""
+        return ""
+
+
+class PassManager:
+    """Runs ``passes`` in order, verifying after each."""
+
+    def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> None:
+        self.passes, self.instruments = list(passes), list(instruments)
+
+    def run(self, module: Module) -> list[PassRun]:
+        """Rewrites ``module`` in place. An error names the pass and how to run it again alone."""
+        verify(module)
+        for instrument in self.instruments:
+            instrument.start(module)
+        runs = []
+        for number, each in enumerate(self.passes, start=1):
+            run = PassRun(number, each)
+            try:
+                self._run_one(run, module)
+            except MoecError as error:
+                raise error.note(self._note(run)) from error.__cause__
+            except Exception as error:
+                message = f"{each.name} failed: {type(error).__name__}: {error}"
+                raise InternalError(message, notes=[self._note(run)]) from error
+            runs.append(run)
+        for instrument in self.instruments:
+            instrument.finish(module)
+        return runs
+
+    def _run_one(self, run: PassRun, module: Module) -> None:
+        for instrument in self.instruments:
+            instrument.before(run, module)
+        run.ran.log = log = Log()
+        run.ops_before = count_ops(module)
+        start = time.perf_counter()
+        run.changed = run.ran.run(module)
+        run.seconds = time.perf_counter() - start
+        run.ops_after = count_ops(module)
+        run.fired, run.misses = dict(log.fired), [miss.as_dict() for miss in log.misses]
+        verify(module)
+        for instrument in self.instruments:
+            instrument.after(run, module)
+
+    def _note(self, run: PassRun) -> str:
+        commands = [c for c in (i.replay(run) for i in self.instruments) if c]
+        return "; replay: ".join([f"after pass {run.ran.name}", *commands[:1]])
+
+
+def count_ops(module: Module) -> int:
+    return sum(len(function.ops) for function in module)

@@ -1,0 +1,101 @@
+"""One step's input: the new tokens of several sequences, one sequence after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from moec.errors import BadInput
+from moec.runtime.cache import CachedSequence
+
+_DTYPES = {
+    "ids": torch.int64,
+    "positions": torch.int64,
+    "cu_seqlens": torch.int32,
+    "seq_lens": torch.int32,
+    "block_table": torch.int32,
+    "slot_mapping": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N new tokens of B sequences: prefill, decode or both at once.
+
+    ids           [N] int64    the tokens
+    positions     [N] int64    where each stands in its sequence
+    cu_seqlens    [B+1] int32  sequence b owns tokens cu_seqlens[b] … cu_seqlens[b+1] - 1
+    seq_lens      [B] int32    tokens of each sequence in the cache once these are written
+    block_table   [B, P] int32 the pages of each sequence; what lies beyond its length is never read
+    slot_mapping  [N] int64    page · page size + place for each token's entry, -1 to drop it
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+
+    def __post_init__(self) -> None:
+        """Raises BadInput where shapes or dtypes don't fit each other; values aren't looked at."""
+        sizes: dict[str, int] = {}
+        for field, dims in (
+            ("ids", "N"),
+            ("positions", "N"),
+            ("slot_mapping", "N"),
+            ("seq_lens", "B"),
+            ("block_table", "BP"),
+            ("cu_seqlens", "C"),
+        ):
+            tensor = getattr(self, field)
+            if tensor.dtype != _DTYPES[field] or tensor.dim() != len(dims):
+                raise BadInput(
+                    f"batch.{field} must be {_DTYPES[field]} of rank {len(dims)}, not {describe(tensor)}"
+                )
+            for dim, size in zip(dims, tensor.shape, strict=True):
+                if sizes.setdefault(dim, size) != size:
+                    raise BadInput(
+                        f"batch.{field} is {describe(tensor)}, but {dim} is {sizes[dim]} elsewhere"
+                    )
+        if sizes["C"] != sizes["B"] + 1:
+            raise BadInput(
+                f"batch.cu_seqlens has {sizes['C']} entries for {sizes['B']} sequences: one more is needed"
+            )
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """In the order in which ``@step`` takes them."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+
+def describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def next_batch(sequences: Sequence[CachedSequence], new: Sequence[Sequence[int]]) -> Batch:
+    """Appends ``new[b]`` to sequence b: reserves its pages and advances its length. Raises CacheFull."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    bounds = [0]
+    for sequence, tokens in zip(sequences, new, strict=True):
+        sequence.reserve(len(tokens))
+        first = sequence.length
+        sequence.length += len(tokens)
+        ids += tokens
+        positions += range(first, sequence.length)
+        slots += sequence.slots(first, sequence.length)
+        bounds.append(len(ids))
+    width = max((len(s.pages) for s in sequences), default=0)
+    return Batch(
+        ids=torch.tensor(ids, dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        seq_lens=torch.tensor([s.length for s in sequences], dtype=torch.int32),
+        block_table=torch.tensor(
+            [s.pages + [0] * (width - len(s.pages)) for s in sequences], dtype=torch.int32
+        ).view(len(sequences), width),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+    )

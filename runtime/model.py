@@ -1,0 +1,188 @@
+"""The model that a package gives: logits, steps over a paged cache, generated text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec.errors import BadInput, DeviceUnavailable, NotAPackage
+from moec.runtime.batch import Batch, describe, next_batch
+from moec.runtime.cache import CachedSequence, CacheSpec, KVCache
+from moec.runtime.checkpoint import open_checkpoint
+from moec.runtime.generate import Generation, Prompts
+from moec.runtime.package import Package
+from moec.runtime.sampling import Sampling
+from moec.runtime.weights import Progress, Weights, load_weights
+
+
+class Loaded:
+    """A package with its weights: what language models and single layers have in common."""
+
+    def __init__(self, package: Package, weights: Weights, device: str) -> None:
+        self.package, self.weights, self.device = package, weights, device
+        self.manifest = package.manifest
+        self.name: str = self.manifest["name"]
+        self._code = package.module("model")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} for {self.manifest['target']}, {self.weights.nbytes:,} bytes>"
+
+
+class LayerModel(Loaded):
+    """A single compiled layer or block."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, hidden] in the layer's dtype -> the same. Raises BadInput for anything else."""
+        hidden, dtype = self.manifest["hidden"], self.manifest["dtype"]
+        want = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[dtype]
+        if x.dim() != 2 or x.shape[1] != hidden or x.dtype != want:
+            raise BadInput(f"x must be {dtype} [N, {hidden}], not {describe(x)}")
+        with torch.inference_mode():
+            y: torch.Tensor = self._code.forward(x, self.weights)
+        return y
+
+    __call__ = forward
+
+
+class LanguageModel(Loaded):
+    """A compiled decoder: ``model(ids)``, ``model.step(batch, cache)``, ``model.generate(ids)``."""
+
+    def __init__(self, package: Package, weights: Weights, device: str) -> None:
+        super().__init__(package, weights, device)
+        self.vocab: int = self.manifest["vocab"]
+        self.max_positions: int = self.manifest["max_positions"]
+        self.cache_specs = tuple(CacheSpec.of(c) for c in self.manifest["caches"])
+
+    def new_cache(self, tokens: int) -> KVCache:
+        """A cache with room for ``tokens`` tokens of one sequence, or as many pages shared by several."""
+        page = self.cache_specs[0].page if self.cache_specs else 1
+        return KVCache(self.cache_specs, max(1, -(-tokens // page)), self.device)
+
+    def hidden(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """One step's final hidden states [N, hidden]; the batch's entries are in the cache afterwards."""
+        if batch.ids.numel() and not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < self.vocab:
+            bad = batch.ids[(batch.ids < 0) | (batch.ids >= self.vocab)]
+            raise BadInput(f"token id {int(bad[0])} is outside the vocabulary of {self.vocab}")
+        pages = [cache.tensors[spec.name] for spec in self.cache_specs]
+        with torch.inference_mode():
+            h: torch.Tensor = self._code.step(*batch.tensors(), *pages, self.weights)
+        return h
+
+    def head(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocab] of hidden states [rows, hidden]."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self._code.head(h, self.weights)
+        return logits
+
+    def step(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Logits [B, vocab] of each sequence's last token; the new tokens' entries go into ``cache``.
+
+        Raises BadInput for ids outside the vocabulary. Every sequence must have at least one new token.
+        """
+        last = batch.cu_seqlens[1:].long() - 1
+        return self.head(self.hidden(batch, cache)[last])
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, vocab] of ids [B, T] int64; no cache is kept. Raises BadInput."""
+        prompts = Prompts.of(input_ids, self.vocab, self.max_positions, new_tokens=0)
+        if not prompts.rectangular:
+            raise BadInput("model(ids) takes one tensor [B, T]; ragged prompts go to generate")
+        rows, length = len(prompts.ids), len(prompts.ids[0])
+        cache = self.new_cache(rows * (length + self._page))
+        sequences = [CachedSequence(cache) for _ in prompts.ids]
+        logits = self.head(self.hidden(next_batch(sequences, prompts.ids), cache))
+        return logits.view(rows, length, self.vocab)
+
+    @property
+    def _page(self) -> int:
+        return self.cache_specs[0].page if self.cache_specs else 1
+
+    def generate(
+        self,
+        input_ids: torch.Tensor | Sequence[torch.Tensor] | Sequence[Sequence[int]],
+        max_new_tokens: int = 32,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Continues prompts: greedily, or by sampling where temperature > 0.
+
+        A tensor [B, T] gives one [B, T + N], rows that ended early filled up with their end token. A list of prompts
+        of different lengths gives a list of 1-D tensors, each up to its end token. ``seed`` and a prompt's place
+        in the list decide what is drawn for it, whatever else is in the batch. Raises BadInput.
+        """
+        generation = self._generation(
+            input_ids, max_new_tokens, temperature, top_k, top_p, seed, eos_token_id
+        )
+        for _ in generation:
+            pass
+        return generation.result()
+
+    def stream(
+        self,
+        input_ids: torch.Tensor | Sequence[torch.Tensor] | Sequence[Sequence[int]],
+        max_new_tokens: int = 32,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> Iterator[list[int | None]]:
+        """As ``generate``, token by token: each item holds the next token of each prompt, None once it has ended."""
+        return iter(
+            self._generation(input_ids, max_new_tokens, temperature, top_k, top_p, seed, eos_token_id)
+        )
+
+    def _generation(
+        self,
+        input_ids: Any,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        eos_token_id: int | Sequence[int] | None,
+    ) -> Generation:
+        prompts = Prompts.of(input_ids, self.vocab, self.max_positions, max_new_tokens)
+        tokens = sum(len(ids) + max_new_tokens + self._page for ids in prompts.ids)
+        sampling = Sampling(temperature, top_k, top_p)
+        return Generation(self, prompts, max_new_tokens, sampling, seed, eos_token_id, self.new_cache(tokens))
+
+
+def load(
+    package: str | Path,
+    weights: Any,
+    device: str | None = None,
+    *,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> LanguageModel | LayerModel:
+    """The model of a built package with its weights.
+
+    weights   a folder of safetensors, a mapping of names to tensors, or ``"random:SEED"``
+    device    ``"cpu"``; by default the one that the package was built for
+    verify    checks every file's hash before any is run; turn it off for a package that you edited
+    progress  called with (parameters done, parameters in all) as they are loaded
+
+    Loading runs the package's Python code. Raises NotAPackage, PackageTampered, DeviceUnavailable, and the weight
+    errors of ``load_weights``.
+    """
+    opened = Package(Path(package), verify)
+    target = opened.manifest["target"]
+    device = device or opened.manifest["device"]
+    if device != opened.manifest["device"]:
+        raise DeviceUnavailable(f"{package} was built for {target} and can't run on {device!r}")
+    checkpoint = open_checkpoint(weights, opened.manifest["checkpoint"])
+    loaded = load_weights(checkpoint, opened.manifest, opened.module("weights"), progress)
+    kinds = {"step": LanguageModel, "forward": LayerModel}
+    for entry, kind in kinds.items():
+        if entry in opened.manifest["entries"]:
+            return kind(opened, loaded, device)  # type: ignore[no-any-return]
+    raise NotAPackage(f"{package} has no entry that this moec can run")

@@ -1,0 +1,142 @@
+"""Loading: the checkpoint checked against the manifest, then made into the parameters that the kernels use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from moec.errors import WeightsExtra, WeightsMisshapen, WeightsMissing
+from moec.runtime.checkpoint import Checkpoint, expand
+from moec.runtime.dtypes import DTYPES
+
+Progress = Callable[[int, int], None]
+_EXACT = {torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+class Weights(dict[str, torch.Tensor]):
+    """Parameters by name; ``at(scope)`` is those below a scope, by their names within it."""
+
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
+        super().__init__(tensors)
+        self._scopes: dict[str, Weights] = {}
+
+    def at(self, scope: str) -> Weights:
+        found = self._scopes.get(scope)
+        if found is None:
+            size = len(scope)
+            found = Weights((name[size:], t) for name, t in self.items() if name.startswith(scope))
+            self._scopes[scope] = found
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters; a tensor under two names counts once."""
+        return sum({t.data_ptr(): t.nbytes for t in self.values()}.values())
+
+
+class Take:
+    """The checkpoint as the load program sees it: ``take(name)`` within a scope."""
+
+    def __init__(self, checkpoint: Checkpoint, dtypes: dict[str, torch.dtype], scope: str = "") -> None:
+        self._checkpoint, self._dtypes, self._scope = checkpoint, dtypes, scope
+
+    def at(self, scope: str) -> Take:
+        return Take(self._checkpoint, self._dtypes, self._scope + scope)
+
+    def __call__(self, name: str) -> torch.Tensor:
+        full = self._scope + name
+        return convert(self._checkpoint.tensor(full), self._dtypes[full], full, self._checkpoint)
+
+
+class Bind:
+    """Collects what the load program makes."""
+
+    def __init__(self, done: Callable[[str, torch.Tensor], None], scope: str = "") -> None:
+        self._done, self._scope = done, scope
+
+    def at(self, scope: str) -> Bind:
+        return Bind(self._done, self._scope + scope)
+
+    def __call__(self, name: str, tensor: torch.Tensor) -> None:
+        self._done(self._scope + name, tensor)
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    manifest: dict[str, Any],
+    program: Any,
+    progress: Progress | None = None,
+) -> Weights:
+    """Every parameter of the manifest, from ``checkpoint`` through the package's load ``program``.
+
+    Raises WeightsMissing, WeightsExtra or WeightsMisshapen, before anything is read, naming the tensors.
+    """
+    wanted = {name: entry for entry in manifest["checkpoint"] for name in expand(entry)}
+    check(checkpoint, wanted, manifest["ignored"])
+    dtypes = {name: DTYPES[entry["dtype"]] for name, entry in wanted.items()}
+    parameters = {name: entry for entry in manifest["parameters"] for name in expand(entry)}
+    weights = Weights()
+
+    def done(name: str, tensor: torch.Tensor) -> None:
+        entry = parameters[name]
+        if list(tensor.shape) != entry["shape"]:
+            raise WeightsMisshapen(f"{name} became {list(tensor.shape)}, not {entry['shape']}")
+        weights[name] = tensor.to(DTYPES[entry["dtype"]]).contiguous()
+        if progress is not None:
+            progress(len(weights), len(parameters))
+
+    take = Take(checkpoint, dtypes)
+    program.weights(take, Bind(done))
+    for name, entry in parameters.items():
+        if not entry["bound"]:
+            done(name, take(name))
+    return weights
+
+
+def check(checkpoint: Checkpoint, wanted: dict[str, dict[str, Any]], ignored: list[list[str]]) -> None:
+    """The checkpoint holds each wanted tensor in its shape, and otherwise only what is ignored for a reason."""
+    have = set(checkpoint.names())
+    missing = [name for name in wanted if name not in have]
+    if missing:
+        raise WeightsMissing(
+            f"{_some(missing)} missing in {checkpoint.where('')}", notes=_stray(have, wanted, ignored)
+        )
+    extra = unknown(have, wanted, ignored)
+    if extra:
+        raise WeightsExtra(f"{_some(extra)} in {checkpoint.where(extra[0])}, but not of this model")
+    for name, entry in wanted.items():
+        shape = checkpoint.shape(name)
+        if list(shape) != entry["shape"]:
+            raise WeightsMisshapen(
+                f"{name} is {list(shape)} in {checkpoint.where(name)}, the model's is {entry['shape']}"
+            )
+
+
+def unknown(have: Iterable[str], wanted: Iterable[str], ignored: list[list[str]]) -> list[str]:
+    """Names that the model neither uses nor ignores, in order."""
+    patterns = [re.compile(pattern) for pattern, _ in ignored]
+    return sorted(n for n in set(have) - set(wanted) if not any(p.match(n) for p in patterns))
+
+
+def _stray(have: set[str], wanted: dict[str, Any], ignored: list[list[str]]) -> list[str]:
+    extra = unknown(have, wanted, ignored)
+    return [f"there, but not of this model: {_some(extra)}"] if extra else []
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def convert(tensor: torch.Tensor, dtype: torch.dtype, name: str, checkpoint: Checkpoint) -> torch.Tensor:
+    """The tensor in ``dtype``; only between float dtypes, and never into or out of fp8, whose scales would be lost."""
+    if tensor.dtype == dtype:
+        return tensor
+    if {tensor.dtype, dtype} & _EXACT or not (tensor.is_floating_point() and dtype.is_floating_point):
+        raise WeightsMisshapen(
+            f"{name} is {tensor.dtype} in {checkpoint.where(name)}, the model's is {dtype}"
+        )
+    return tensor.to(dtype)

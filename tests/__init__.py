@@ -1,0 +1,1 @@
+"""The tests of moec: one folder for each of its parts."""
