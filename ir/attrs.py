@@ -43,6 +43,7 @@ class Kind:
     check: Callable[[Any], bool]
     print: Callable[[Any], str]
     parse: Callable[[str], Any]
+    doc: str = ""  # how it is written
 
 
 def _parse_int(text: str) -> int:
@@ -89,39 +90,41 @@ def _is_dim(value: Any) -> bool:
     return _is_int(value) or isinstance(value, sympy.Expr)
 
 
+def _is_symbol(value: Any) -> bool:
+    return isinstance(value, str) and bool(_SYMBOL.fullmatch(value)) and not iskeyword(value)
+
+
 def _is_range(value: Any) -> bool:
     return isinstance(value, Range) and 0 <= value.first <= value.last + 1
 
 
-INT = Kind("int", _is_int, str, _parse_int)
-FLOAT = Kind("float", lambda v: isinstance(v, float) and v == v, repr, float)
-BOOL = Kind("bool", lambda v: isinstance(v, bool), lambda v: str(v).lower(), _parse_bool)
-STR = Kind("str", lambda v: isinstance(v, str), _print_str, _parse_str)
-DTYPE = Kind("dtype", lambda v: isinstance(v, DType), str, lambda t: DTYPES[t])
-SYMBOL = Kind(
-    "symbol",
-    lambda v: isinstance(v, str) and bool(_SYMBOL.fullmatch(v)) and not iskeyword(v),
-    str,
-    str,
-)
-RANGE = Kind("range", _is_range, str, _parse_range)
+INT = Kind("int", _is_int, str, _parse_int, "`8`")
+FLOAT = Kind("float", lambda v: isinstance(v, float) and v == v, repr, float, "`1e-06`, `inf`; not NaN")
+BOOL = Kind("bool", lambda v: isinstance(v, bool), lambda v: str(v).lower(), _parse_bool, "`true`, `false`")
+STR = Kind("str", lambda v: isinstance(v, str), _print_str, _parse_str, '`a.word`, or `"quoted"` as in JSON')
+DTYPE = Kind("dtype", lambda v: isinstance(v, DType), str, lambda t: DTYPES[t], "`bf16`")
+SYMBOL = Kind("symbol", _is_symbol, str, str, "`S`: the name of a size that the op defines")
+RANGE = Kind("range", _is_range, str, _parse_range, "`0..7`: both ends included; `0..-1` is empty")
 INTS = Kind(
     "ints",
     _all_ints,
     lambda v: f"[{','.join(map(str, v))}]",
     lambda t: tuple(int(item) for item in _items(t)),
+    "`[512,64]`",
 )
 DIMS = Kind(
     "dims",
     lambda v: isinstance(v, tuple) and all(map(_is_dim, v)),
     lambda v: f"[{','.join(map(format_dim, v))}]",
     lambda t: tuple(as_dim(parse_dim(item)) for item in _items(t)),
+    "`[8*N,64]`: sizes of a shape, with `+ - * //` and brackets",
 )
 BLOCK = Kind(
     "block",
     lambda v: _all_ints(v) and len(v) > 0 and min(v) > 0,
     lambda v: "x".join(map(str, v)),
     lambda t: tuple(map(int, t.split("x"))),
+    "`128x128`",
 )
 
 

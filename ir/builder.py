@@ -130,9 +130,9 @@ class Builder:
 
     @contextmanager
     def scope(self, prefix: str) -> Iterator[Builder]:
-        """Within it, parameter names start with ``prefix.``"""
+        """Within it, parameter names start with ``prefix.``; an empty one changes nothing."""
         before = self._scope
-        self._scope = f"{before}{prefix}."
+        self._scope = f"{before}{prefix}." if prefix else before
         try:
             yield self
         finally:
@@ -143,6 +143,14 @@ class Builder:
         return self.function.param(
             self._scope + name, TensorType(dtype or self.dtype, tuple(shape)), caller()
         )
+
+    def project(self, x: Value, name: str, rows: Dim, *, bias: bool = False, out: str = "") -> Value:
+        """x [..., K] to [..., rows] by the parameters ``{name}.weight`` [rows, K] and ``{name}.bias``."""
+        if not isinstance(x.type, TensorType):
+            raise SpecError(f"{x.text} is {x.type}, not a tensor", loc=caller())
+        weight = self.param(f"{name}.weight", (rows, x.type.shape[-1]))
+        y: Value = self.linear(x, weight, self.param(f"{name}.bias", (rows,)) if bias else None, out=out)
+        return y
 
     def cast(self, x: Value, to: DType, out: str = "") -> Value:
         """x in dtype ``to``; x itself where it has it already."""

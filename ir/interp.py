@@ -105,7 +105,16 @@ class Interpreter:
         wanted = _tensor_type(type)
         if tuple(tensor.shape) != wanted.shape:
             raise WeightsMisshapen(f"{name} is {list(tensor.shape)} but {type} is wanted")
+        if tensor.dtype != wanted.dtype.torch and not (
+            _is_plain(tensor.dtype) and _is_plain(wanted.dtype.torch)
+        ):
+            raise WeightsMisshapen(f"{name} is {tensor.dtype}, which can't be read as {type}")
         return tensor.to(wanted.dtype.torch)
+
+
+def _is_plain(dtype: torch.dtype) -> bool:
+    """Whether numbers of it mean themselves: quantised ones mean nothing without their scales."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _tensor_type(type: Type) -> TensorType:
@@ -169,7 +178,9 @@ def _fits(dim: Dim, size: int, symbols: dict[Any, int]) -> bool:
         if len(left.free_symbols) > 1:
             raise BadInput(f"{format_dim(dim)} has more than one size that nothing says")
         (unknown,) = left.free_symbols
-        solved = [s for s in sympy.solve(left - size, unknown) if s.is_integer and s >= 0]
+        if left.has(sympy.floor):
+            raise BadInput(f"{format_dim(dim)} alone doesn't say how large {unknown} is")
+        solved = sympy.solve(left - size, unknown)  # whole and not negative, as all symbols are
         if not solved:
             return False
         symbols[unknown] = int(solved[0])

@@ -25,9 +25,11 @@ from moec.models.blocks import RoPE as RoPE
 from moec.models.blocks import Router as Router
 from moec.models.blocks import SwiGLU as SwiGLU
 from moec.models.blocks import YaRN as YaRN
+from moec.models.families import PRESETS as PRESETS
+from moec.models.families import preset as preset
+from moec.models.intake import from_hf as from_hf
+from moec.models.intake import resolve as resolve
 from moec.models.lower import lower as lower
 from moec.models.quantization import BlockFP8 as BlockFP8
 from moec.models.spec import Layer as Layer
 from moec.models.spec import Model as Model
-from moec.models.families import preset as preset
-from moec.models.families import preset_names as preset_names

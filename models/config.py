@@ -1,4 +1,4 @@
-"""config.json, read field by field: every getter checks what it reads and names file and field when it objects."""
+"""config.json, read field by field: a getter checks what it reads, and objects by file and field."""
 
 from __future__ import annotations
 
@@ -14,14 +14,41 @@ _REQUIRED: Final = object()
 
 # Fields that tell how a model was trained, made or saved, and change nothing of what it computes.
 HARMLESS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout auto_map
-    aux_loss_alpha bos_token_id chunk_size_feed_forward decoder_start_token_id ep_size id2label initializer_range
-    is_decoder is_encoder_decoder label2id model_type moe_router_bias_update_speed output_attentions
-    output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type return_dict
-    router_aux_loss_coef router_jitter_noise seq_aux task_specific_params tokenizer_class transformers_version
-    unsloth_version use_cache
-    """.split()
+    [
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "aux_loss_alpha",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "ep_size",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "moe_router_bias_update_speed",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "seq_aux",
+        "task_specific_params",
+        "tokenizer_class",
+        "transformers_version",
+        "unsloth_version",
+        "use_cache",
+    ]
 )
 # Fields that change what a model computes; moec refuses any value of them that isn't null, false or zero.
 REFUSED = {
@@ -47,7 +74,9 @@ REFUSED = {
 class Config:
     """The fields of one JSON object, and which of them were read."""
 
-    def __init__(self, data: Mapping[str, Any], file: str = "config.json", where: str = "", name: str = "model") -> None:
+    def __init__(
+        self, data: Mapping[str, Any], file: str = "config.json", where: str = "", name: str = "model"
+    ) -> None:
         self.data, self.file, self.where, self.name = data, file, where, name
         self.read: set[str] = set()
 
@@ -94,23 +123,25 @@ class Config:
             raise self.contradiction(f"{self.path(keys[0])} is missing{hint}")
         return default
 
-    def int(self, *keys: str, default: Any = _REQUIRED, least: int = 1) -> Any:
+    def integer(self, *keys: str, default: Any = _REQUIRED, least: int = 1, most: int = 2**40) -> Any:
         value = self.get(*keys, default=default)
         if value is default and not isinstance(value, int):
             return value  # an optional field, left out
-        if not _is_int(value) or value < least:
-            raise self.contradiction(f"{self.path(keys[0])} must be an integer of at least {least}, not {value!r}")
+        if not _is_int(value) or not least <= value <= most:
+            raise self.contradiction(
+                f"{self.path(keys[0])} must be an integer of {least} to {most}, not {value!r}"
+            )
         return value
 
-    def float(self, *keys: str, default: Any = _REQUIRED, above: float = 0.0) -> Any:
+    def number(self, *keys: str, default: Any = _REQUIRED, above: float = 0.0) -> Any:
         value = self.get(*keys, default=default)
         if value is default and value is None:
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < 1e30:
             raise self.contradiction(f"{self.path(keys[0])} must be a number above {above:g}, not {value!r}")
         return float(value)
 
-    def bool(self, *keys: str, default: Any = _REQUIRED) -> bool:
+    def flag(self, *keys: str, default: Any = _REQUIRED) -> bool:
         value = self.get(*keys, default=default)
         if not isinstance(value, bool):
             raise self.contradiction(f"{self.path(keys[0])} must be true or false, not {value!r}")
@@ -122,12 +153,22 @@ class Config:
             raise self.contradiction(f"{self.path(keys[0])} must be a text, not {value!r}")
         return value
 
-    def list(self, key: str, kind: type, default: Any = ()) -> tuple[Any, ...]:
+    def items(self, key: str, kind: type, default: Any = ()) -> tuple[Any, ...]:
         value = self.get(key, default=default)
-        fits = isinstance(value, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+        fits = isinstance(value, list | tuple) and all(
+            isinstance(v, kind) and not isinstance(v, bool) for v in value
+        )
         if not fits:
             raise self.contradiction(f"{self.path(key)} must be a list of {kind.__name__}, not {value!r}")
         return tuple(value)
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """A token id or several."""
+        value = self.get(key, default=())
+        found = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not all(_is_int(v) and v >= 0 for v in found):
+            raise self.contradiction(f"{self.path(key)} must be a token id or a list of them, not {value!r}")
+        return found
 
     def section(self, key: str) -> Config | None:
         """A nested object, None where it is left out."""
@@ -163,11 +204,19 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigUnreadable(f"can't read it: {error.strerror or error}", loc=SourceLoc(str(file), 0)) from None
+        raise ConfigUnreadable(
+            f"can't read it: {error.strerror or error}", loc=SourceLoc(str(file), 0)
+        ) from None
     except UnicodeDecodeError:
         raise ConfigUnreadable("it is no UTF-8 text", loc=SourceLoc(str(file), 0)) from None
     except json.JSONDecodeError as error:
-        raise ConfigUnreadable(f"it is no JSON: {error.msg}", loc=SourceLoc(str(file), error.lineno)) from None
+        raise ConfigUnreadable(
+            f"it is no JSON: {error.msg}", loc=SourceLoc(str(file), error.lineno)
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ConfigUnreadable(f"it is no JSON: {error}", loc=SourceLoc(str(file), 0)) from None
     if not isinstance(data, dict):
-        raise ConfigUnreadable(f"it holds a {type(data).__name__}, not an object", loc=SourceLoc(str(file), 1))
+        raise ConfigUnreadable(
+            f"it holds a {type(data).__name__}, not an object", loc=SourceLoc(str(file), 1)
+        )
     return data

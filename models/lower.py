@@ -2,11 +2,11 @@
 
 A model becomes two entry functions and one function for each distinct layer::
 
-    @step(%ids, %positions, %cu_seqlens, %seq_lens, %block_table, %slot_mapping, %kv) -> (hidden states [N, H], %kv)
+    @step(%ids, %positions, %cu_seqlens, %seq_lens, %block_table, %slot_mapping, %kv) -> (hidden [N, H], %kv)
     @head(%h [B, H]) -> logits [B, vocab]
 
-``step`` takes N new tokens of B ragged sequences: ids and positions [N], cu_seqlens [B+1], seq_lens [B] (with the new
-tokens), block_table [B, P], slot_mapping [N]. A single layer becomes ``@forward(%x [N, H])``.
+``step`` takes N new tokens of B ragged sequences: ids and positions [N], cu_seqlens [B+1], seq_lens [B] (with
+the new tokens), block_table [B, P], slot_mapping [N]. A single layer becomes ``@forward(%x [N, H])``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _inputs() -> dict[str, Type]:
 def _caches(entries: Sequence[Entry], dtype: DType, page: int) -> dict[str, Type]:
     """One cache for each shape of entry: ``kv``, or ``kv0``, ``kv1``, ..."""
     names = ["kv"] if len(entries) == 1 else [f"kv{i}" for i in range(len(entries))]
-    return {name: CacheType(dtype, entry, page) for name, entry in zip(names, entries)}
+    return {name: CacheType(dtype, entry, page) for name, entry in zip(names, entries, strict=True)}
 
 
 def _step(model: Model, module: Module) -> None:
@@ -91,7 +91,7 @@ def _step(model: Model, module: Module) -> None:
     b = Builder(module, step, dtype)
     for arg in step.args:
         b.context[arg.name] = arg
-    for entry, name in zip(entries, caches):
+    for entry, name in zip(entries, caches, strict=True):
         b.context[cache_name(entry)] = b.context[name]
 
     table = b.param(EMBEDDING, (model.vocab, model.hidden))
@@ -149,7 +149,7 @@ class _Layers:
             y = lower_stream(run.decoder, b, x)
             return [y, *(b.context[key] for key in keys)]
 
-        name = _unused(b.module, f"layer.{run.decoder.label}")
+        name = _unused(b.module, f"layer.{_identifier(run.decoder.label)}")
         after = b.loop("call", run.numbers, "model.layers.*", name, carried, [], write, names)
         self._known.append((run.decoder, b.function.ops[-1]))
         return after[0]
@@ -173,7 +173,7 @@ def _forward(layer: Layer, module: Module) -> None:
     if not entries:
         forward.ret(lower_block(layer.block, b, forward.args[0]))
         return
-    for entry, (name, type) in zip(entries, _caches(entries, dtype, layer.page).items()):
+    for entry, (name, type) in zip(entries, _caches(entries, dtype, layer.page).items(), strict=True):
         b.context[cache_name(entry)] = forward.add_argument(name, type)
     keys = [cache_name(entry) for entry in entries]
 

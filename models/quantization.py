@@ -22,8 +22,8 @@ from moec.models.blocks.base import Declared
 class BlockFP8(Declared):
     """``X.weight`` in e4m3 beside ``X.weight_scale_inv`` fp32 [ceil(N/b0), ceil(K/b1)]: W = q × scale_inv.
 
-    All linear weights are stored so, but the head's, those that a router's logits come from, and those of the modules
-    in ``keep``: a name from the start, a name's end, or a regex.
+    All linear weights are stored so, but the head's, those that a router's logits come from, and those of the
+    modules in ``keep``: a name from the start, a name's end, or a regex.
     """
 
     block: tuple[int, int] = (128, 128)
@@ -32,6 +32,11 @@ class BlockFP8(Declared):
     def check(self) -> None:
         fits = len(self.block) == 2 and all(isinstance(n, int) and n > 0 for n in self.block)
         self.need(fits, f"block is two positive integers, not {self.block!r}")
+        for pattern in self.keep:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                self.need(False, f"{pattern!r} in keep is no regex: {error}")
 
     def keeps(self, module: str) -> bool:
         """Whether a module's weight is stored plainly; the rule of transformers' quantizers."""
@@ -39,13 +44,15 @@ class BlockFP8(Declared):
 
 
 def read_quantized(module: Module, how: BlockFP8, dtype: DType) -> None:
-    """Adds to the load-time functions what makes each stored weight the parameter that the model computes with."""
+    """Adds to the load-time functions what makes each stored weight the model's parameter."""
     names = _prefixes(module)
     for function in list(module):
         for param in _candidates(function):
             kept = {how.keeps(p + param.name.removesuffix(".weight")) for p in names[function.name]}
             if kept == {True, False}:
-                raise UnsupportedModel(f"{param.name} of @{function.name} is quantised in some layers and plain in others")
+                raise UnsupportedModel(
+                    f"{param.name} of @{function.name} is quantised in some layers and plain in others"
+                )
             if kept == {False}:
                 _dequantize(module, function.name, param, how, dtype)
 

@@ -105,8 +105,8 @@ def _layer_range(text: str, count: int) -> tuple[int, int]:
 class Layer(Declared):
     """One block, compiled to ``forward(x [N, hidden])``.
 
-    A block that uses the context (positions, the cache, ...) makes it an argument of ``forward``. ``number`` is the
-    layer of the cache that it reads and writes.
+    A block that uses the context (positions, the cache, ...) makes it an argument of ``forward``. ``number``
+    is the layer of the cache that it reads and writes.
     """
 
     block: Block

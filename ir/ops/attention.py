@@ -103,9 +103,9 @@ class Attention(Op, name="attention"):
     v = operand("[S, kv_heads, V]")
     cu_q = operand("[B+1] offsets")
     cu_k = operand("[B+1] offsets")
-    scale = attr(FLOAT)
-    causal = attr(BOOL, True)
-    window = attr(INT, 0, doc="0: all keys")
+    scale = attr(FLOAT, doc="of the scores, before the softmax")
+    causal = attr(BOOL, True, doc="a query sees no later keys")
+    window = attr(INT, 0, doc="how many keys a query sees; 0: all of them")
     o = result("[N, heads, V]")
 
     def infer(self) -> TensorType:

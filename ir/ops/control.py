@@ -18,12 +18,12 @@ class Return(Op, name="return"):
 
 
 class Loop(Op):
-    """A body run for each number of a range, over carried values and invariants.
+    """A body, the function @body, run for each number of a range.
 
-    The first results' worth of operands are carried: the body takes them after its index and returns their
-    successors; the other operands reach every run unchanged. ``scope`` goes before the body's parameter
-    names, its ``*`` standing for the number. The interpreter and the code generators run the body; it has no
-    reference of its own.
+    As many operands as there are results are carried: the body takes them after its index and returns their
+    successors. The other operands are invariants: every run gets them unchanged. ``scope`` goes before the
+    body's parameter names, its ``*`` standing for the number. The interpreter and the code generators run
+    the body; a loop has no reference of its own.
     """
 
     range_name = ""

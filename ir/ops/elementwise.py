@@ -94,7 +94,7 @@ class Clamp(Unary, name="clamp"):
 class Cast(Unary, name="cast"):
     """x in another dtype, rounded to nearest even."""
 
-    to = attr(DTYPE)
+    to = attr(DTYPE, doc="dtype of the result")
 
     def infer(self) -> TensorType:
         return self.tensor(self.x).with_(dtype=self.to)
@@ -107,7 +107,7 @@ class Cast(Unary, name="cast"):
 class ZerosLike(Unary, name="zeros_like"):
     """Zeros of x's shape: where a sum starts."""
 
-    dtype = attr(DTYPE)
+    dtype = attr(DTYPE, doc="dtype of the result")
 
     def infer(self) -> TensorType:
         return self.tensor(self.x).with_(dtype=self.dtype)
@@ -125,7 +125,7 @@ class SwiGLU(Op, name="swiglu"):
 
     gate = operand("[..., I], or [..., 2·I] as gate then up")
     up = operand("[..., I]", optional=True)
-    act = attr(choice("silu", "gelu", "gelu_tanh"), "silu")
+    act = attr(choice("silu", "gelu", "gelu_tanh"), "silu", doc="gelu_tanh: its tanh approximation")
     h = result("[..., I]")
 
     def infer(self) -> TensorType:

@@ -16,21 +16,23 @@ class Route(Op, name="route"):
     """Scores the experts of each token and picks k; equal scores go to the lower id.
 
     The bias takes part in choosing, not in the weights (Wang et al. 2024, loss-free balancing). With
-    ``groups``, the experts are that many equal runs, of which only the best ``topk_groups`` may be chosen
-    from: ``group_score`` says how a group is scored, ``masked`` what the experts of other groups become (V2:
-    0, V3: -inf). ``renorm`` divides by the sum + 1e-20, ``scale`` multiplies last.
+    ``groups`` > 1 the choice is among the experts of the ``topk_groups`` best groups (DeepSeek V2 and V3).
     """
 
     logits = operand("[T, E] fp32 or the model's dtype")
     bias = operand("[E] fp32", optional=True)
-    score = attr(choice("softmax", "sigmoid"))
-    k = attr(INT)
-    renorm = attr(BOOL, False)
-    scale = attr(FLOAT, 1.0)
-    groups = attr(INT, 1)
-    topk_groups = attr(INT, 1)
-    group_score = attr(choice("max", "top2sum"), "max")
-    masked = attr(choice("zero", "neginf"), "neginf")
+    score = attr(choice("softmax", "sigmoid"), doc="turns logits into scores, in fp32")
+    k = attr(INT, doc="experts a token")
+    renorm = attr(BOOL, False, doc="divide the chosen weights by their sum + 1e-20")
+    scale = attr(FLOAT, 1.0, doc="multiplies the weights last")
+    groups = attr(INT, 1, doc="equal runs of experts")
+    topk_groups = attr(INT, 1, doc="groups that may be chosen from")
+    group_score = attr(
+        choice("max", "top2sum"), "max", doc="a group's score: its best, or its two best summed"
+    )
+    masked = attr(
+        choice("zero", "neginf"), "neginf", doc="what experts of other groups score (V2: 0, V3: -inf)"
+    )
     dtype = attr(DTYPE, f32, doc="what the weights are rounded to")
     w = result("[T, k] weights, best first")
     id = result("[T, k] int32 expert ids")
@@ -118,7 +120,7 @@ class SortByExpert(Op, name="sort_by_expert"):
     """
 
     id = operand("[T, k] int32")
-    experts = attr(INT)
+    experts = attr(INT, doc="E")
     slot = result("[T·k] int32")
     off = result("[E+1] int32")
 
@@ -142,7 +144,7 @@ class GatherRows(Op, name="gather_rows"):
 
     x = operand("[T, H]")
     slot = operand("[R] int32")
-    per_row = attr(INT)
+    per_row = attr(INT, doc="slots a token: k")
     rows = result("[R, H]")
 
     def infer(self) -> TensorType:
@@ -166,7 +168,7 @@ class ScatterAdd(Op, name="scatter_add"):
     rows = operand("[R, H]")
     slot = operand("[R] int32")
     w = operand("[T, k]")
-    per_row = attr(INT)
+    per_row = attr(INT, doc="slots a token: k")
     out = result("[T, H] fp32")
 
     def infer(self) -> TensorType:
@@ -182,7 +184,11 @@ class ScatterAdd(Op, name="scatter_add"):
         return acc
 
     def cost(self) -> Cost:
-        return Cost(2 * self.rows.type.numel, self.moved_bytes() + self.rows.type.nbytes)
+        """The sums are updated in place: only the rows that are added to move, there and back."""
+        rows, slot, w = self.rows.type, self.slot.type, self.w.type
+        sums = 2 * rows.with_(dtype=f32).nbytes
+        weights = TensorType(w.dtype, slot.shape).nbytes
+        return Cost(2 * rows.numel, rows.nbytes + sums + slot.nbytes + weights)
 
     @staticmethod
     def reference(
@@ -205,7 +211,7 @@ class GroupedLinear(Op, name="grouped_linear"):
         x, w, off = self.tensor(self.x, 2), self.tensor(self.w, 3), self.integers(self.off, 1)
         self.same("K", x.shape[1], self.x, w.shape[2], self.w)
         self.same("the dtype", x.dtype, self.x, w.dtype, self.w)
-        self.same("E", as_dim(w.shape[0] + 1), self.w, off.shape[0], self.off)
+        self.same("E+1", as_dim(w.shape[0] + 1), self.w, off.shape[0], self.off)
         if x.groups is not None:
             self.same("the number of groups", x.groups, self.x, w.shape[0], self.w)
         return TensorType(x.dtype, (x.shape[0], w.shape[1]), w.shape[0])
@@ -235,7 +241,7 @@ class Combine(Op, name="combine"):
     slot = operand("[T·k] int32")
     w = operand("[T, k]")
     plus = operand("[T, H]", optional=True)
-    order = attr(choice("slot"), "slot")
+    order = attr(choice("slot"), "slot", doc="the order of the sum: by slot")
     to = attr(DTYPE, None, doc="dtype of the result, that of rows where it is left out")
     y = result("[T, H]")
 

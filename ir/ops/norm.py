@@ -14,7 +14,7 @@ class RMSNorm(Op, name="rms_norm"):
 
     x = operand("[..., K]")
     w = operand("[K]")
-    eps = attr(FLOAT)
+    eps = attr(FLOAT, doc="keeps the root from zero")
     y = result("[..., K]")
 
     def infer(self) -> TensorType:

@@ -22,17 +22,17 @@ class RopeTable(Op, name="rope_table"):
     """
 
     positions = operand("[N] integers")
-    dim = attr(INT)
-    theta = attr(FLOAT)
+    dim = attr(INT, doc="rotary width of a head: two for each pair")
+    theta = attr(FLOAT, doc="the base of the frequencies")
     scaling = attr(choice("none", "linear", "yarn", "llama3"), "none")
-    factor = attr(FLOAT, 1.0)
+    factor = attr(FLOAT, 1.0, doc="how far slow pairs are stretched")
     original = attr(INT, 0, doc="positions the model was first trained on")
-    beta_fast = attr(FLOAT, 32.0)
-    beta_slow = attr(FLOAT, 1.0)
+    beta_fast = attr(FLOAT, 32.0, doc="yarn: pairs that turn more often are kept")
+    beta_slow = attr(FLOAT, 1.0, doc="yarn: pairs that turn less often are stretched")
     truncate = attr(BOOL, True, doc="round yarn's blend limits to whole pairs")
-    low = attr(FLOAT, 1.0)
-    high = attr(FLOAT, 4.0)
-    magnitude = attr(FLOAT, 1.0)
+    low = attr(FLOAT, 1.0, doc="llama3: pairs that turn less often are stretched")
+    high = attr(FLOAT, 4.0, doc="llama3: pairs that turn more often are kept")
+    magnitude = attr(FLOAT, 1.0, doc="multiplies cos and sin")
     cos = result("[N, dim/2] fp32")
     sin = result("[N, dim/2] fp32")
 
@@ -124,7 +124,8 @@ class Rope(Op, name="rope"):
     def infer(self) -> TensorType:
         x, cos = self.tensor(self.x), self.tensor(self.cos, 2)
         self.same("the table", cos, self.cos, self.tensor(self.sin, 2), self.sin)
-        self.same("the dtype of the table", cos.dtype, self.cos, f32, self.sin)
+        if cos.dtype != f32:
+            raise self.mismatch(f"the table is {cos}, not f32")
         if x.rank not in (2, 3) or x.shape[0] != cos.shape[0] or x.shape[-1] != 2 * cos.shape[1]:
             raise self.mismatch(f"{self.x.text} is {x}, which doesn't fit the table's {cos}")
         return x

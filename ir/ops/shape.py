@@ -50,9 +50,9 @@ class Split(Op, name="split"):
     """Consecutive parts of one axis."""
 
     x = operand("[..., sum(sizes), ...]")
-    sizes = attr(INTS)
+    sizes = attr(INTS, doc="of the parts; they add up to the axis")
     axis = attr(INT, -1)
-    part = result()
+    part = result("[..., size, ...], one for each size")
 
     def infer(self) -> tuple[TensorType, ...]:
         x = self.tensor(self.x)
@@ -78,7 +78,7 @@ class Concat(Op, name="concat"):
 
     xs = operand("[...], alike but for one axis", variadic=True)
     axis = attr(INT, -1)
-    y = result()
+    y = result("[..., sum of the sizes, ...]")
 
     def infer(self) -> TensorType:
         if not self.xs:
@@ -104,8 +104,8 @@ class Broadcast(Op, name="broadcast"):
     """A new axis along which x repeats: one rotary key for all heads."""
 
     x = operand("[...]")
-    axis = attr(INT)
-    size = attr(INT)
+    axis = attr(INT, doc="where the new axis stands in the result")
+    size = attr(INT, doc="its size")
     y = result("[..., size, ...]")
 
     def infer(self) -> TensorType:

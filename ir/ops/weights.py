@@ -17,8 +17,8 @@ from moec.ir.types import TensorType, f32
 class Stack(Op, name="stack"):
     """A family of tensors, one an expert, as one tensor with a new first axis."""
 
-    family = operand("$name.*.name: one [...] for each expert")
-    experts = attr(RANGE)
+    family = operand("a parameter with * for the expert's number: [...] each")
+    experts = attr(RANGE, doc="both ends included")
     y = result("[experts, ...]")
 
     def infer(self) -> TensorType:
@@ -37,8 +37,8 @@ class Dequant(Op, name="dequant"):
 
     q = operand("[..., N, K] fp8")
     scale = operand("[..., ceil(N/b0), ceil(K/b1)] fp32")
-    block = attr(BLOCK)
-    to = attr(DTYPE)
+    block = attr(BLOCK, doc="rows x columns that share a scale")
+    to = attr(DTYPE, doc="dtype of the result")
     y = result("[..., N, K]")
 
     def infer(self) -> TensorType:
@@ -58,10 +58,10 @@ class Dequant(Op, name="dequant"):
 
 
 class Bind(Op, name="bind", effects=("weights",)):
-    """x becomes the model's parameter of that name."""
+    """x becomes one of the model's parameters."""
 
     x = operand("[...]")
-    param = attr(STR)
+    param = attr(STR, doc="the parameter's name, within the scope that the function runs in")
 
     def infer(self) -> Any:
         self.tensor(self.x)

@@ -72,6 +72,8 @@ def _about_arguments(cls: type, error: TypeError) -> str:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
     if unknown and names:
         return f"{cls.__name__} has no field {unknown[1]!r}{nearest(unknown[1], names)}"
+    if lacking := re.search(r"missing \d+ required positional arguments?: (.*)", message):
+        return f"{cls.__name__} lacks {lacking[1]}"
     return message
 
 
@@ -105,10 +107,10 @@ class Block(Declared):
     class Residual(Block):
         def lower(self, b, x):                        # x: [N, hidden]
             H = x.type.shape[-1]
-            return b.add(x, b.linear(x, b.param("mix.weight", (H, H)), out="mix"))
+            return b.add(x, b.project(x, "mix", H, out="mix"))
 
-    It can be an ``attn`` or ``mlp`` of a Decoder, or the block of a Layer. A frozen dataclass that compares equal to
-    another shares its code with it.
+    It can be an ``attn`` or ``mlp`` of a Decoder, or the block of a Layer. Blocks that are equal, as frozen
+    dataclasses of equal fields are, share their code.
     """
 
     # What one token keeps in the KV cache of one layer, None where the block keeps nothing.
@@ -121,22 +123,31 @@ class Block(Declared):
 
 def lower_block(block: Block, b: Builder, x: Value) -> Value:
     """``block.lower(b, x)``; whatever goes wrong in it is reported at the user's line."""
+    name = f"{type(block).__name__}.lower"
     try:
         y = block.lower(b, x)
     except MoecError as error:
         if error.loc is None or is_moecs(error.loc.file):
-            error.loc = block.loc
+            error.loc = _line_in_lower(block, error) or block.loc
         raise
+    except NotImplementedError as error:
+        raise SpecError(str(error) or f"{name} isn't implemented", loc=block.loc) from None
     except Exception as error:
-        file = type(block).lower.__code__.co_filename
-        if is_moecs(file) and not isinstance(error, NotImplementedError):
-            raise
-        loc = raised_at(error.__traceback__, file) or block.loc
-        what = str(error) if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {error}"
-        raise SpecError(f"{type(block).__name__}.lower: {what}", loc=loc) from None
+        loc = _line_in_lower(block, error)
+        if loc is None:
+            raise  # in a block of moec's: no mistake of the user's
+        raise SpecError(f"{name}: {type(error).__name__}: {error}", loc=loc) from None
     if not isinstance(y, Value):
-        raise SpecError(f"{type(block).__name__}.lower returns {y!r}, not a value of the graph", loc=block.loc)
+        raise SpecError(f"{name} returns {y!r}, not a value of the graph", loc=block.loc)
     return y
+
+
+def _line_in_lower(block: Block, error: Exception) -> SourceLoc | None:
+    """The line of the user's own ``lower`` that the error came through, None where moec wrote the block."""
+    code = getattr(type(block).lower, "__code__", None)
+    if code is None or is_moecs(code.co_filename):
+        return None
+    return raised_at(error.__traceback__, code.co_filename)
 
 
 def lower_stream(block: Block, b: Builder, x: Value) -> Value:
@@ -144,7 +155,7 @@ def lower_stream(block: Block, b: Builder, x: Value) -> Value:
     y = lower_block(block, b, x)
     if y.type != x.type:
         raise SpecError(
-            f"{type(block).__name__} takes {x.type} but returns {y.type}; what joins the residual stream keeps its type",
+            f"{type(block).__name__} takes {x.type} but returns {y.type}, unfit for the residual stream",
             loc=block.loc,
         )
     return y

@@ -15,8 +15,8 @@ from moec.models.blocks.swiglu import SwiGLU
 class Decoder(Block):
     """x + attn(norm(x)), then that + mlp(norm(that)).
 
-    ``attn`` and ``mlp`` are any blocks. ``name`` is what the layer's function is called after ``layer.``; left out, it
-    is ``moe``, ``dense`` or the name of the mlp's class.
+    ``attn`` and ``mlp`` are any blocks. ``name`` is what the layer's function is called after ``layer.``;
+    left out, it is ``moe``, ``dense`` or the name of the mlp's class.
     """
 
     attn: Block

@@ -1,4 +1,4 @@
-"""Grouped-query attention (Ainslie et al. 2023); as many key heads as query heads make it MHA, one makes it MQA."""
+"""Grouped-query attention (Ainslie et al. 2023). As many key heads as query heads: MHA; one: MQA."""
 
 from __future__ import annotations
 
@@ -39,9 +39,14 @@ class GQA(Block):
 
     def check(self) -> None:
         self.need_positive("heads", "kv_heads", "head_dim")
-        self.need(self.heads % self.kv_heads == 0, f"{self.heads} query heads can't share {self.kv_heads} key heads equally")
+        self.need(
+            self.heads % self.kv_heads == 0,
+            f"{self.heads} query heads can't share {self.kv_heads} key heads equally",
+        )
         self.need(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: RoPE turns pairs")
-        self.need(self.qk_norm in (None, "head", "full"), f"qk_norm is None, 'head' or 'full', not {self.qk_norm!r}")
+        self.need(
+            self.qk_norm in (None, "head", "full"), f"qk_norm is None, 'head' or 'full', not {self.qk_norm!r}"
+        )
         self.need(self.window >= 0, f"window is {self.window}")
         self.need_a("rope", RoPE)
 
@@ -64,17 +69,11 @@ class GQA(Block):
             k, v = b.split(seen, sizes=(self.kv_heads, self.kv_heads), axis=1, out=("k.all", "v.all"))
             o = attend(b, q, k, v, scale=self.softmax_scale, window=self.window)
             o = b.reshape(o, shape=(tensor(x).shape[0], self.heads * self.head_dim), out="o.flat")
-            weight = b.param("o_proj.weight", (width(x), width(o)))
-            bias = b.param("o_proj.bias", (width(x),)) if self.out_bias else None
-            y: Value = b.linear(o, weight, bias, out="attn")
-            return y
+            return b.project(o, "o_proj", width(x), bias=self.out_bias, out="attn")
 
     def _heads(self, b: Builder, x: Value, which: str, heads: int) -> Value:
         """q, k or v of each head, [N, heads, D]: projected, normed and clamped as the family does."""
-        rows = heads * self.head_dim
-        weight = b.param(f"{which}_proj.weight", (rows, width(x)))
-        bias = b.param(f"{which}_proj.bias", (rows,)) if self.qkv_bias else None
-        y: Value = b.linear(x, weight, bias, out=f"{which}.flat")
+        y = b.project(x, f"{which}_proj", heads * self.head_dim, bias=self.qkv_bias, out=f"{which}.flat")
         norm = RMSNorm(self.eps, f"{which}_norm", out=f"{which}.norm") if which != "v" else None
         if norm and self.qk_norm == "full":
             y = norm.lower(b, y)

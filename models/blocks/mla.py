@@ -40,7 +40,9 @@ class MLA(Block):
         self.need_positive("heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
         if self.q_lora_rank is not None:
             self.need_positive("q_lora_rank")
-        self.need(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}: RoPE turns pairs")
+        self.need(
+            self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}: RoPE turns pairs"
+        )
         self.need_a("rope", RoPE)
 
     @property
@@ -61,23 +63,23 @@ class MLA(Block):
             q = self._queries(b, x)  # [N, heads, P+R]
             seen = through_cache(b, self._latent(b, x))  # [S, C+R]
             c, k_pe = b.split(seen, sizes=(self.kv_lora_rank, R), out=("c.all", "k_pe.all"))
-            kv = self._project(b, c, "kv_b_proj", self.heads * (P + V), out="kv_b")
+            kv = b.project(c, "kv_b_proj", self.heads * (P + V), out="kv_b")
             kv = b.reshape(kv, shape=(tensor(kv).shape[0], self.heads, P + V), out="kv_b.heads")
             k_nope, v = b.split(kv, sizes=(P, V), out=("k_nope", "v"))
             k_pe = b.broadcast(k_pe, axis=1, size=self.heads, out="k_pe.heads")
             k = b.concat(k_nope, k_pe, axis=-1, out="k")  # [S, heads, P+R]
             o = attend(b, q, k, v, scale=self.softmax_scale)
             o = b.reshape(o, shape=(tensor(x).shape[0], self.heads * V), out="o.flat")
-            return self._project(b, o, "o_proj", width(x), bias=self.bias, out="attn")
+            return b.project(o, "o_proj", width(x), bias=self.bias, out="attn")
 
     def _queries(self, b: Builder, x: Value) -> Value:
         P, R = self.qk_nope_head_dim, self.qk_rope_head_dim
         if self.q_lora_rank is None:
-            q = self._project(b, x, "q_proj", self.heads * (P + R), out="q.flat")
+            q = b.project(x, "q_proj", self.heads * (P + R), out="q.flat")
         else:
-            q_a = self._project(b, x, "q_a_proj", self.q_lora_rank, bias=self.bias, out="q_a")
+            q_a = b.project(x, "q_a_proj", self.q_lora_rank, bias=self.bias, out="q_a")
             q_a = RMSNorm(self.eps, "q_a_layernorm", out="q_a.norm").lower(b, q_a)
-            q = self._project(b, q_a, "q_b_proj", self.heads * (P + R), out="q.flat")
+            q = b.project(q_a, "q_b_proj", self.heads * (P + R), out="q.flat")
         q = b.reshape(q, shape=(tensor(x).shape[0], self.heads, P + R), out="q.heads")
         q_nope, q_pe = b.split(q, sizes=(P, R), out=("q_nope", "q_pe"))
         q_pe = self.rope.turn(b, q_pe, out="q_pe.rope")
@@ -87,14 +89,9 @@ class MLA(Block):
     def _latent(self, b: Builder, x: Value) -> Value:
         """The cache's entry [N, C+R]: c after the norm, k_pe after RoPE."""
         C, R = self.kv_lora_rank, self.qk_rope_head_dim
-        kv_a = self._project(b, x, "kv_a_proj_with_mqa", C + R, bias=self.bias, out="kv_a")
+        kv_a = b.project(x, "kv_a_proj_with_mqa", C + R, bias=self.bias, out="kv_a")
         c, k_pe = b.split(kv_a, sizes=(C, R), out=("c", "k_pe"))
         c = RMSNorm(self.eps, "kv_a_layernorm", out="c.norm").lower(b, c)
         k_pe = self.rope.turn(b, k_pe, out="k_pe.rope")
         latent: Value = b.concat(c, k_pe, axis=-1, out="latent")
         return latent
-
-    def _project(self, b: Builder, x: Value, name: str, rows: int, *, bias: bool = False, out: str) -> Value:
-        weight = b.param(f"{name}.weight", (rows, width(x)))
-        y: Value = b.linear(x, weight, b.param(f"{name}.bias", (rows,)) if bias else None, out=out)
-        return y

@@ -14,7 +14,7 @@ from moec.models.blocks.swiglu import SwiGLU, need_activation
 
 @dataclass(frozen=True)
 class Experts(Declared):
-    """``count`` gated MLPs of ``intermediate`` columns. ``weights`` name the gate, up and down projections."""
+    """``count`` gated MLPs of ``intermediate`` columns; ``weights`` name their gate, up and down."""
 
     count: int
     intermediate: int
@@ -30,16 +30,16 @@ class Experts(Declared):
     def lower(self, b: Builder, x: Value, w: Value, id: Value) -> Value:
         """Σ_j w[t, j] · expert id[t, j] of x [T, H], summed in fp32: one loop over the experts."""
         H, I = width(x), self.intermediate
-        gate, up, down = (f"{name}.weight" for name in self.weights)
+        gate, up, down = self.weights
         k = width(id)
 
         def body(b: Builder, e: Value, y: Value, x: Value, w: Value, id: Value) -> Sequence[Value]:
             slot = b.expert_slots(id, e)
             xe = b.gather_rows(x, slot, per_row=k, out="xe")  # [R, H]
-            g = b.linear(xe, b.param(gate, (I, H)), out="g")
-            u = b.linear(xe, b.param(up, (I, H)), out="u")
+            g = b.project(xe, gate, I, out="g")
+            u = b.project(xe, up, I, out="u")
             h = b.swiglu(g, u, act=self.act, out="h")
-            d = b.linear(h, b.param(down, (H, I)), out="d")
+            d = b.project(h, down, H, out="d")
             return [b.scatter_add(y, d, slot, w, per_row=k, out="y")]
 
         start = b.zeros_like(x, dtype=f32, out="y")
@@ -76,7 +76,10 @@ class MoE(Block):
             self.router.experts == self.experts.count,
             f"the router chooses among {self.router.experts} experts, but there are {self.experts.count}",
         )
-        self.need(self.shared is None or isinstance(self.shared, SwiGLU), f"shared must be a SwiGLU, not {self.shared!r}")
+        self.need(
+            self.shared is None or isinstance(self.shared, SwiGLU),
+            f"shared must be a SwiGLU, not {self.shared!r}",
+        )
         self.need(not self.shared_gate or self.shared is not None, "shared_gate without a shared MLP")
 
     def lower(self, b: Builder, x: Value) -> Value:
@@ -94,6 +97,6 @@ class MoE(Block):
         y = shared.lower(b, x)
         if not self.shared_gate:
             return y
-        gate = b.linear(x, b.param(f"{self.shared_gate}.weight", (1, width(x))), out="shared.logit")
+        gate = b.project(x, self.shared_gate, 1, out="shared.logit")
         gated: Value = b.mul(b.sigmoid(gate, out="shared.weight"), y, out="shared")
         return gated

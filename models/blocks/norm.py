@@ -10,7 +10,7 @@ from moec.models.blocks.base import Block, width
 
 @dataclass(frozen=True)
 class RMSNorm(Block):
-    """x / sqrt(mean(x²) + eps) · w over the last axis (Zhang and Sennrich 2019); parameter ``{name}.weight``."""
+    """x / sqrt(mean(x²) + eps) · w over the last axis (Zhang and Sennrich 2019); w is ``{name}.weight``."""
 
     eps: float = 1e-6
     name: str = "norm"

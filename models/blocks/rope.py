@@ -86,8 +86,8 @@ class Llama3RoPE(RoPE):
 class YaRN(RoPE):
     """Slow pairs divided by ``factor``, fast ones kept, a blend between (Peng et al. 2023).
 
-    original: positions of the first training. cos and sin are multiplied by ``attention_factor``; left out, it is
-    m(mscale) / m(mscale_all_dim) where both are given and m(1) otherwise, m(s) = 0.1 · s · ln(factor) + 1.
+    original: positions of the first training. cos and sin are multiplied by ``attention_factor``; left out,
+    it is m(mscale) / m(mscale_all_dim) where both are given, else m(1); m(s) = 0.1 · s · ln(factor) + 1.
     """
 
     factor: float = 40.0

@@ -19,7 +19,7 @@ class Router(Declared):
     groups         the experts are that many equal runs, of which the best ``topk_groups`` may be chosen from
     group_score    a group's best score (V2: ``max``) or the sum of its two best (V3: ``top2sum``)
     masked         what the other groups' experts count as when choosing: ``zero`` (V2) or ``neginf`` (V3)
-    bias           ``e_score_correction_bias`` [experts] in fp32 takes part in choosing, not in the weights (V3)
+    bias           ``e_score_correction_bias`` [experts] fp32 takes part in choosing, not in the weights (V3)
     fp32           logits in fp32 (DeepSeek), not in the model's dtype
     round_weights  weights rounded to the model's dtype (Qwen, OLMoE), not kept in fp32
     """
@@ -42,9 +42,15 @@ class Router(Declared):
         self.need_positive("experts", "top_k", "groups", "topk_groups")
         self.need(self.top_k <= self.experts, f"top_k is {self.top_k} of {self.experts} experts")
         self.need(self.score in ("softmax", "sigmoid"), f"score is softmax or sigmoid, not {self.score!r}")
-        self.need(self.experts % self.groups == 0, f"{self.experts} experts don't make {self.groups} equal groups")
-        self.need(self.topk_groups <= self.groups, f"topk_groups is {self.topk_groups} of {self.groups} groups")
-        self.need(self.group_score in ("max", "top2sum"), f"group_score is max or top2sum, not {self.group_score!r}")
+        self.need(
+            self.experts % self.groups == 0, f"{self.experts} experts don't make {self.groups} equal groups"
+        )
+        self.need(
+            self.topk_groups <= self.groups, f"topk_groups is {self.topk_groups} of {self.groups} groups"
+        )
+        self.need(
+            self.group_score in ("max", "top2sum"), f"group_score is max or top2sum, not {self.group_score!r}"
+        )
         self.need(self.masked in ("zero", "neginf"), f"masked is zero or neginf, not {self.masked!r}")
         size = self.experts // self.groups
         self.need(

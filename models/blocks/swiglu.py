@@ -31,12 +31,7 @@ class SwiGLU(Block):
         """x [N, H] to [N, H]."""
         with b.scope(self.name):
             tag = "shared." if "shared" in self.name else ""
-            gate = self._linear(b, x, "gate_proj", self.intermediate, f"{tag}gate")
-            up = self._linear(b, x, "up_proj", self.intermediate, f"{tag}up")
+            gate = b.project(x, "gate_proj", self.intermediate, bias=self.bias, out=f"{tag}gate")
+            up = b.project(x, "up_proj", self.intermediate, bias=self.bias, out=f"{tag}up")
             h = b.swiglu(gate, up, act=self.act, out=f"{tag}h")
-            return self._linear(b, h, "down_proj", width(x), f"{tag}down")
-
-    def _linear(self, b: Builder, x: Value, name: str, rows: int, out: str) -> Value:
-        weight = b.param(f"{name}.weight", (rows, width(x)))
-        y: Value = b.linear(x, weight, b.param(f"{name}.bias", (rows,)) if self.bias else None, out=out)
-        return y
+            return b.project(h, "down_proj", width(x), bias=self.bias, out=f"{tag}down")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from moec.ir.types import DTYPES
 from moec.models.blocks import GQA, LinearRoPE, Llama3RoPE, RoPE, YaRN
 from moec.models.config import Config
 from moec.models.quantization import BlockFP8
 from moec.models.spec import COMPUTE_DTYPES
-from moec.ir.types import DTYPES
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -19,7 +19,10 @@ _ACTIVATIONS = {
 }
 
 # Buffers that old checkpoints hold; RoPE is computed.
-ROTARY_BUFFERS = (r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)$", "rotary buffer: computed from the config")
+ROTARY_BUFFERS = (
+    r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
+    "rotary buffer: computed from the config",
+)
 TIED_HEAD = (r"lm_head\.weight$", "tied to the embedding")
 
 
@@ -32,27 +35,26 @@ def activation(c: Config) -> str:
 
 
 def layer_count(c: Config) -> int:
-    count: int = c.int("num_hidden_layers")
+    count: int = c.integer("num_hidden_layers", most=10_000)
     return count
 
 
 def norm_eps(c: Config, default: float = 1e-6) -> float:
-    eps: float = c.float("rms_norm_eps", default=default)
+    eps: float = c.number("rms_norm_eps", default=default)
     return eps
 
 
 def model_fields(c: Config) -> dict[str, Any]:
     """What every Model takes from the config, beside its layers."""
-    tied = c.bool("tie_word_embeddings", default=False)
-    eos = c.get("eos_token_id", default=())
+    tied = c.flag("tie_word_embeddings", default=False)
     return {
-        "vocab": c.int("vocab_size"),
-        "hidden": c.int("hidden_size"),
+        "vocab": c.integer("vocab_size"),
+        "hidden": c.integer("hidden_size"),
         "eps": norm_eps(c),
         "tied": tied,
         "dtype": _dtype(c),
-        "max_positions": c.int("max_position_embeddings"),
-        "eos": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        "max_positions": c.integer("max_position_embeddings"),
+        "eos": c.ids("eos_token_id"),
         "name": c.name,
         "quantization": _quantization(c),
         "ignored": (ROTARY_BUFFERS, *([TIED_HEAD] if tied else [])),
@@ -75,21 +77,27 @@ def _quantization(c: Config) -> BlockFP8 | None:
     q.allow("fmt", ["e4m3"], "this format of fp8", default="e4m3")
     q.allow("activation_scheme", ["dynamic"], "a static scale of activations", default="dynamic")
     if not q.has("weight_block_size"):
-        raise q.unsupported(f"{q.path('weight_block_size')} is missing: fp8 with one scale a tensor isn't supported")
-    block = q.list("weight_block_size", int)
+        raise q.unsupported(
+            f"{q.path('weight_block_size')} is missing: fp8 with one scale a tensor isn't supported"
+        )
+    block = q.items("weight_block_size", int)
     if len(block) != 2 or min(block) < 1:
-        raise q.contradiction(f"{q.path('weight_block_size')} must be two positive integers, not {list(block)}")
-    return BlockFP8((block[0], block[1]), keep=q.list("modules_to_not_convert", str))
+        raise q.contradiction(
+            f"{q.path('weight_block_size')} must be two positive integers, not {list(block)}"
+        )
+    return BlockFP8((block[0], block[1]), keep=q.items("modules_to_not_convert", str))
 
 
 def grouped_query_attention(c: Config, rope: RoPE | None = None, **family: Any) -> GQA:
     """Attention of Llama's kind; ``family`` holds what differs."""
-    heads = c.int("num_attention_heads")
-    kv_heads = c.int("num_key_value_heads", default=heads)
-    head_dim = c.int("head_dim", default=None)
+    heads = c.integer("num_attention_heads")
+    kv_heads = c.integer("num_key_value_heads", default=heads)
+    head_dim = c.integer("head_dim", default=None)
     if head_dim is None:
-        hidden = c.int("hidden_size")
-        c.need(hidden % heads == 0, f"hidden_size is {hidden}, which {heads} num_attention_heads don't divide")
+        hidden = c.integer("hidden_size")
+        c.need(
+            hidden % heads == 0, f"hidden_size is {hidden}, which {heads} num_attention_heads don't divide"
+        )
         head_dim = hidden // heads
     c.need(
         heads % kv_heads == 0,
@@ -100,18 +108,20 @@ def grouped_query_attention(c: Config, rope: RoPE | None = None, **family: Any) 
 
 # RoPE: `rope_theta` beside `rope_scaling` until transformers 4, all in `rope_parameters` since 5.
 def rotary(c: Config, layout: str = "half", theta: float = 10000.0) -> RoPE:
-    """The rotary embedding; ``theta`` is the family's default. Raises UnsupportedModel for scalings unknown here."""
+    """The rotary embedding; ``theta`` is the family's default. Refuses scalings unknown here."""
     _refuse_partial(c)
     s = c.section("rope_parameters")
     old = c.section("rope_scaling")
     if s is not None and old is not None:
-        c.need(_without_type(s) == _without_type(old), "rope_parameters and rope_scaling contradict each other")
+        c.need(
+            _without_type(s) == _without_type(old), "rope_parameters and rope_scaling contradict each other"
+        )
     s = s or old
-    outer = c.float("rope_theta", default=None)
-    inner = s.float("rope_theta", default=None) if s else None
+    outer = c.number("rope_theta", default=None)
+    inner = s.number("rope_theta", default=None) if s else None
     if outer is not None and inner is not None:
         c.need(outer == inner, f"rope_theta is {outer:g}, but {inner:g} in {s.where if s else ''}")
-    plain = {"theta": inner or outer or theta, "layout": layout}
+    plain: dict[str, Any] = {"theta": inner or outer or theta, "layout": layout}
     return RoPE(**plain) if s is None else _scaled(c, s, plain)
 
 
@@ -122,15 +132,19 @@ def _without_type(s: Config) -> dict[str, Any]:
 
 
 def _refuse_partial(c: Config) -> None:
-    part = c.float("partial_rotary_factor", default=1.0)
+    part = c.number("partial_rotary_factor", default=1.0)
     if part != 1.0:
-        raise c.unsupported(f"{c.path('partial_rotary_factor')} is {part:g}: RoPE over a part of each head isn't supported")
+        raise c.unsupported(
+            f"{c.path('partial_rotary_factor')} is {part:g}: RoPE over a part of each head isn't supported"
+        )
 
 
 def _scaled(c: Config, s: Config, plain: dict[str, Any]) -> RoPE:
     nested = [key for key, value in s.data.items() if isinstance(value, dict)]
     if nested:
-        raise s.unsupported(f"{s.where} has parts for {', '.join(nested)}: one RoPE for each kind of layer isn't supported")
+        raise s.unsupported(
+            f"{s.where} has parts for {', '.join(nested)}: one RoPE for each kind of layer isn't supported"
+        )
     _refuse_partial(s)
     kind = s.text("rope_type", "type", default="default")
     readers = {"default": _plain, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
@@ -148,32 +162,32 @@ def _plain(c: Config, s: Config, plain: dict[str, Any]) -> RoPE:
 
 
 def _linear(c: Config, s: Config, plain: dict[str, Any]) -> RoPE:
-    return LinearRoPE(**plain, factor=s.float("factor"))
+    return LinearRoPE(**plain, factor=s.number("factor"))
 
 
 def _llama3(c: Config, s: Config, plain: dict[str, Any]) -> RoPE:
-    low, high = s.float("low_freq_factor"), s.float("high_freq_factor")
+    low, high = s.number("low_freq_factor"), s.number("high_freq_factor")
     s.need(low < high, f"{s.path('low_freq_factor')} is {low:g}, not below high_freq_factor, {high:g}")
-    return Llama3RoPE(**plain, factor=s.float("factor"), original=_original(c, s), low=low, high=high)
+    return Llama3RoPE(**plain, factor=s.number("factor"), original=_original(c, s), low=low, high=high)
 
 
 def _yarn(c: Config, s: Config, plain: dict[str, Any]) -> RoPE:
     original = _original(c, s)
     return YaRN(
         **plain,
-        factor=s.float("factor", default=c.int("max_position_embeddings") / original),
+        factor=s.number("factor", default=c.integer("max_position_embeddings") / original),
         original=original,
-        beta_fast=s.float("beta_fast", default=32.0),
-        beta_slow=s.float("beta_slow", default=1.0),
-        mscale=s.float("mscale", default=0.0, above=-1e-9),
-        mscale_all_dim=s.float("mscale_all_dim", default=0.0, above=-1e-9),
-        attention_factor=s.float("attention_factor", default=None),
-        truncate=s.bool("truncate", default=True),
+        beta_fast=s.number("beta_fast", default=32.0),
+        beta_slow=s.number("beta_slow", default=1.0),
+        mscale=s.number("mscale", default=0.0, above=-1e-9),
+        mscale_all_dim=s.number("mscale_all_dim", default=0.0, above=-1e-9),
+        attention_factor=s.number("attention_factor", default=None),
+        truncate=s.flag("truncate", default=True),
     )
 
 
 def _original(c: Config, s: Config) -> int:
     """Positions of the first training; a field outside the scaling's own goes first, as in transformers."""
-    inner = s.int("original_max_position_embeddings", default=c.int("max_position_embeddings"))
-    outer: int = c.int("original_max_position_embeddings", default=inner)
+    inner = s.integer("original_max_position_embeddings", default=c.integer("max_position_embeddings"))
+    outer: int = c.integer("original_max_position_embeddings", default=inner)
     return outer

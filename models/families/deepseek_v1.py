@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from moec.models.blocks import Decoder, MoE, Router, SwiGLU
 from moec.models.config import Config
-from moec.models.families.common import activation, grouped_query_attention, layer_count, model_fields, norm_eps
+from moec.models.families.common import (
+    activation,
+    grouped_query_attention,
+    layer_count,
+    model_fields,
+    norm_eps,
+)
 from moec.models.families.deepseek_v3 import routed_experts, shared_experts
 from moec.models.families.registry import Family, register
 from moec.models.spec import Model
@@ -15,20 +21,22 @@ from moec.models.spec import Model
 
 def read(c: Config) -> Model:
     act, eps, layers = activation(c), norm_eps(c), layer_count(c)
-    dense_layers = min(c.int("first_k_dense_replace", default=0, least=0), layers)
-    bias = c.bool("attention_bias", default=False)
+    dense_layers = min(c.integer("first_k_dense_replace", default=0, least=0), layers)
+    bias = c.flag("attention_bias", default=False)
     attn = grouped_query_attention(c, qkv_bias=bias, out_bias=bias)
-    dense = Decoder(attn, SwiGLU(c.int("intermediate_size"), act), eps)
-    moe = Decoder(attn, _experts(c, act), eps) if dense_layers < layers else dense
+    dense = Decoder(attn, SwiGLU(c.integer("intermediate_size"), act), eps)
+    moe = Decoder(attn, _experts(c, act), eps)
     return Model(layers=[dense] * dense_layers + [moe] * (layers - dense_layers), **model_fields(c))
 
 
 def _experts(c: Config, act: str) -> MoE:
     c.allow("scoring_func", ["softmax"], "this score in a V1 model", default="softmax")
     c.allow("moe_layer_freq", [1], "a dense layer between MoE layers", default=1)
-    experts, k = routed_experts(c, act), c.int("num_experts_per_tok")
-    renorm = c.bool("norm_topk_prob", default=False) and k > 1
-    return MoE(Router(experts.count, k, renorm=renorm, fp32=True), experts, shared=shared_experts(c, act, default=0))
+    experts, k = routed_experts(c, act), c.integer("num_experts_per_tok")
+    renorm = c.flag("norm_topk_prob", default=False) and k > 1
+    return MoE(
+        Router(experts.count, k, renorm=renorm, fp32=True), experts, shared=shared_experts(c, act, default=0)
+    )
 
 
 MOE_16B = {

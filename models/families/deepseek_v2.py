@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V2-Lite (arXiv:2405.04434): latent attention, a softmax router, limited to groups in V2 only."""
+"""DeepSeek-V2 and V2-Lite (arXiv:2405.04434): latent attention, a softmax router; V2 limits it to groups."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moec.models.spec import Model
 
 def read(c: Config) -> Model:
     act, eps, layers = activation(c), norm_eps(c), layer_count(c)
-    dense_layers = min(c.int("first_k_dense_replace", default=0, least=0), layers)
-    bias = c.bool("mlp_bias", default=False)
+    dense_layers = min(c.integer("first_k_dense_replace", default=0, least=0), layers)
+    bias = c.flag("mlp_bias", default=False)
     attn = latent_attention(c)
-    dense = Decoder(attn, SwiGLU(c.int("intermediate_size"), act, bias), eps)
-    moe = Decoder(attn, _experts(c, act, bias), eps) if dense_layers < layers else dense
+    dense = Decoder(attn, SwiGLU(c.integer("intermediate_size"), act, bias), eps)
+    moe = Decoder(attn, _experts(c, act, bias), eps)
     return Model(layers=[dense] * dense_layers + [moe] * (layers - dense_layers), **model_fields(c))
 
 
@@ -26,17 +26,23 @@ def _experts(c: Config, act: str, bias: bool) -> MoE:
     # DeepSeek's code and transformers differ here, and no checkpoint asks for it.
     c.allow("norm_topk_prob", [False], "renormalising the weights of a V2 model", default=False)
     method = c.allow(
-        "topk_method", ["greedy", "group_limited_greedy"], "this choice of experts in a V2 model", default="greedy"
+        "topk_method",
+        ["greedy", "group_limited_greedy"],
+        "this choice of experts in a V2 model",
+        default="greedy",
     )
     experts = routed_experts(c, act)
-    groups, kept = c.int("n_group", default=1), c.int("topk_group", default=1)
+    groups, kept = c.integer("n_group", default=1), c.integer("topk_group", default=1)
     if method == "greedy":
         groups, kept = 1, 1
-    c.need(experts.count % groups == 0, f"n_group is {groups}, which doesn't divide n_routed_experts, {experts.count}")
+    c.need(
+        experts.count % groups == 0,
+        f"n_group is {groups}, which doesn't divide n_routed_experts, {experts.count}",
+    )
     router = Router(
         experts.count,
-        c.int("num_experts_per_tok"),
-        scale=c.float("routed_scaling_factor", default=1.0),
+        c.integer("num_experts_per_tok"),
+        scale=c.number("routed_scaling_factor", default=1.0),
         groups=groups,
         topk_groups=kept,
         group_score="max",

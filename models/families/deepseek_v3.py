@@ -14,10 +14,10 @@ from moec.models.spec import Model
 
 def read(c: Config) -> Model:
     act, eps, layers = activation(c), norm_eps(c), layer_count(c)
-    dense_layers = min(c.int("first_k_dense_replace", default=3, least=0), layers)
+    dense_layers = min(c.integer("first_k_dense_replace", default=3, least=0), layers)
     attn = latent_attention(c)
-    dense = Decoder(attn, SwiGLU(c.int("intermediate_size"), act), eps)
-    moe = Decoder(attn, _experts(c, act), eps) if dense_layers < layers else dense
+    dense = Decoder(attn, SwiGLU(c.integer("intermediate_size"), act), eps)
+    moe = Decoder(attn, _experts(c, act), eps)
     fields = model_fields(c)
     fields["ignored"] += _mtp(c, layers)
     return Model(layers=[dense] * dense_layers + [moe] * (layers - dense_layers), **fields)
@@ -25,33 +25,40 @@ def read(c: Config) -> Model:
 
 def latent_attention(c: Config) -> MLA:
     """MLA of V2 and V3. Their norms of the latents use eps 1e-6 whatever rms_norm_eps says."""
-    heads = c.int("num_attention_heads")
-    kv_heads = c.int("num_key_value_heads", default=heads)
-    c.need(kv_heads == heads, f"num_key_value_heads is {kv_heads} but num_attention_heads {heads}: MLA has one kind of head")
-    rope_dim = c.int("qk_rope_head_dim")
+    heads = c.integer("num_attention_heads")
+    kv_heads = c.integer("num_key_value_heads", default=heads)
+    c.need(
+        kv_heads == heads,
+        f"num_key_value_heads is {kv_heads} but num_attention_heads {heads}: MLA has one kind of head",
+    )
+    rope_dim = c.integer("qk_rope_head_dim")
     c.skip("head_dim", "qk_head_dim")  # saved configs give the rope width as head_dim
-    interleaved = c.bool("rope_interleave", default=True)
+    interleaved = c.flag("rope_interleave", default=True)
     return MLA(
         heads=heads,
-        qk_nope_head_dim=c.int("qk_nope_head_dim"),
+        qk_nope_head_dim=c.integer("qk_nope_head_dim"),
         qk_rope_head_dim=rope_dim,
-        v_head_dim=c.int("v_head_dim"),
-        kv_lora_rank=c.int("kv_lora_rank"),
-        q_lora_rank=c.int("q_lora_rank", default=None),
+        v_head_dim=c.integer("v_head_dim"),
+        kv_lora_rank=c.integer("kv_lora_rank"),
+        q_lora_rank=c.integer("q_lora_rank", default=None),
         rope=rotary(c, layout="interleaved" if interleaved else "half"),
-        bias=c.bool("attention_bias", default=False),
+        bias=c.flag("attention_bias", default=False),
     )
 
 
 def shared_experts(c: Config, act: str, bias: bool = False, default: int = 1) -> SwiGLU | None:
     """The shared experts, which the checkpoint keeps as one MLP of their widths together; null means none."""
     given = 0 if "n_shared_experts" in c.data else default
-    count, width = c.int("n_shared_experts", default=given, least=0), c.int("moe_intermediate_size")
+    count, width = c.integer("n_shared_experts", default=given, least=0), c.integer("moe_intermediate_size")
     return SwiGLU(count * width, act, bias, name="shared_experts") if count else None
 
 
 def routed_experts(c: Config, act: str) -> Experts:
-    return Experts(c.int("n_routed_experts", "num_local_experts", "num_experts"), c.int("moe_intermediate_size"), act)
+    return Experts(
+        c.integer("n_routed_experts", "num_local_experts", "num_experts"),
+        c.integer("moe_intermediate_size"),
+        act,
+    )
 
 
 def _experts(c: Config, act: str) -> MoE:
@@ -59,19 +66,28 @@ def _experts(c: Config, act: str) -> MoE:
     c.allow("topk_method", ["noaux_tc"], "this choice of experts in a V3 model", default="noaux_tc")
     c.allow("moe_layer_freq", [1], "a dense layer between MoE layers", default=1)
     experts = routed_experts(c, act)
-    groups, kept = c.int("n_group"), c.int("topk_group")
-    k = c.int("num_experts_per_tok")
-    c.need(experts.count % groups == 0, f"n_group is {groups}, which doesn't divide n_routed_experts, {experts.count}")
+    groups, kept = c.integer("n_group"), c.integer("topk_group")
+    k = c.integer("num_experts_per_tok")
+    c.need(
+        experts.count % groups == 0,
+        f"n_group is {groups}, which doesn't divide n_routed_experts, {experts.count}",
+    )
     size = experts.count // groups
     c.need(kept <= groups, f"topk_group is {kept} but n_group {groups}")
-    c.need(size > 1, f"n_group is {groups} of {experts.count} n_routed_experts: a group of one has no two best scores")
-    c.need(k <= size * kept, f"num_experts_per_tok is {k}, but topk_group {kept} groups of {size} hold {size * kept}")
+    c.need(
+        size > 1,
+        f"n_group is {groups} of {experts.count} n_routed_experts: a group of one has no two best scores",
+    )
+    c.need(
+        k <= size * kept,
+        f"num_experts_per_tok is {k}, but topk_group {kept} groups of {size} hold {size * kept}",
+    )
     router = Router(
         experts.count,
         k,
         score="sigmoid",
-        renorm=c.bool("norm_topk_prob", default=True),
-        scale=c.float("routed_scaling_factor", default=2.5),
+        renorm=c.flag("norm_topk_prob", default=True),
+        scale=c.number("routed_scaling_factor", default=2.5),
         groups=groups,
         topk_groups=kept,
         group_score="top2sum",
@@ -82,8 +98,8 @@ def _experts(c: Config, act: str) -> MoE:
 
 
 def _mtp(c: Config, layers: int) -> tuple[tuple[str, str], ...]:
-    """Multi-token prediction: layers behind the last, for drafting. Configs may name one that has no tensors."""
-    count = c.int("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0)
+    """Multi-token prediction: layers behind the last, for drafting. Some configs name one without tensors."""
+    count = c.integer("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0)
     return tuple(
         (rf"model\.layers\.{layers + i}\.", "multi-token prediction: a drafting layer, not part of the model")
         for i in range(count)
@@ -189,7 +205,8 @@ TINY = V3 | {
     "v_head_dim": 12,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
-    "rope_scaling": V3["rope_scaling"] | {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7},  # type: ignore[operator]
+    "rope_scaling": V3["rope_scaling"]
+    | {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7},  # type: ignore[operator]
     "torch_dtype": "float32",
     "quantization_config": None,
 }

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from moec.models.blocks import Decoder, SwiGLU
 from moec.models.config import Config
-from moec.models.families.common import activation, grouped_query_attention, layer_count, model_fields, norm_eps
+from moec.models.families.common import (
+    activation,
+    grouped_query_attention,
+    layer_count,
+    model_fields,
+    norm_eps,
+)
 from moec.models.families.registry import Family, register
 from moec.models.spec import Model
 
 
 def read(c: Config) -> Model:
-    bias = c.bool("attention_bias", default=False)
+    bias = c.flag("attention_bias", default=False)
     attn = grouped_query_attention(c, qkv_bias=bias, out_bias=bias)
-    mlp = SwiGLU(c.int("intermediate_size"), activation(c), bias=c.bool("mlp_bias", default=False))
+    mlp = SwiGLU(c.integer("intermediate_size"), activation(c), bias=c.flag("mlp_bias", default=False))
     return Model(layers=[Decoder(attn, mlp, norm_eps(c))] * layer_count(c), **model_fields(c))
 
 

@@ -18,11 +18,11 @@ from moec.models.spec import Model
 
 def read(c: Config) -> Model:
     attn = grouped_query_attention(
-        c, rope=rotary(c, theta=1e6), window=c.int("sliding_window", default=None) or 0
+        c, rope=rotary(c, theta=1e6), window=c.integer("sliding_window", default=None) or 0
     )
-    count = c.int("num_local_experts", "num_experts", default=8)
-    router = Router(count, c.int("num_experts_per_tok", default=2), renorm=True)
-    experts = Experts(count, c.int("intermediate_size"), activation(c), weights=("w1", "w3", "w2"))
+    count = c.integer("num_local_experts", "num_experts", default=8)
+    router = Router(count, c.integer("num_experts_per_tok", default=2), renorm=True)
+    experts = Experts(count, c.integer("intermediate_size"), activation(c), weights=("w1", "w3", "w2"))
     mlp = MoE(router, experts, name="block_sparse_moe")
     return Model(layers=[Decoder(attn, mlp, norm_eps(c))] * layer_count(c), **model_fields(c))
 

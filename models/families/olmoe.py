@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from moec.models.blocks import Decoder, Experts, MoE, Router
 from moec.models.config import Config
-from moec.models.families.common import activation, grouped_query_attention, layer_count, model_fields, norm_eps
+from moec.models.families.common import (
+    activation,
+    grouped_query_attention,
+    layer_count,
+    model_fields,
+    norm_eps,
+)
 from moec.models.families.registry import Family, register
 from moec.models.spec import Model
 
 
 def read(c: Config) -> Model:
-    bias = c.bool("attention_bias", default=False)
+    bias = c.flag("attention_bias", default=False)
     attn = grouped_query_attention(
-        c, qkv_bias=bias, out_bias=bias, qk_norm="full", clip=c.float("clip_qkv", default=None)
+        c, qkv_bias=bias, out_bias=bias, qk_norm="full", clip=c.number("clip_qkv", default=None)
     )
-    count = c.int("num_experts", "num_local_experts")
+    count = c.integer("num_experts", "num_local_experts")
     router = Router(
         count,
-        c.int("num_experts_per_tok"),
-        renorm=c.bool("norm_topk_prob", default=False),
+        c.integer("num_experts_per_tok"),
+        renorm=c.flag("norm_topk_prob", default=False),
         round_weights=True,
     )
-    mlp = MoE(router, Experts(count, c.int("intermediate_size"), activation(c)))
+    mlp = MoE(router, Experts(count, c.integer("intermediate_size"), activation(c)))
     return Model(layers=[Decoder(attn, mlp, norm_eps(c, 1e-5))] * layer_count(c), **model_fields(c))
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from moec.models.blocks import GQA, Decoder, Experts, MoE, Router, SwiGLU
 from moec.models.config import Config
-from moec.models.families.common import activation, grouped_query_attention, layer_count, model_fields, norm_eps
+from moec.models.families.common import (
+    activation,
+    grouped_query_attention,
+    layer_count,
+    model_fields,
+    norm_eps,
+)
 from moec.models.families.registry import Family, register
 from moec.models.spec import Model
 
@@ -12,8 +18,8 @@ from moec.models.spec import Model
 def read(c: Config) -> Model:
     act, eps, sparse = activation(c), norm_eps(c), sparse_layers(c)
     windows = _windows(c)
-    dense, moe = SwiGLU(c.int("intermediate_size"), act), _experts(c, act)
-    bias = c.bool("qkv_bias", default=True)
+    dense, moe = SwiGLU(c.integer("intermediate_size"), act), _experts(c, act)
+    bias = c.flag("qkv_bias", default=True)
     attn = {w: grouped_query_attention(c, qkv_bias=bias, window=w) for w in {*windows}}
     layers = [_decoder(attn[w], moe if i in sparse else dense, eps) for i, w in enumerate(windows)]
     return Model(layers=layers, **model_fields(c))
@@ -26,38 +32,42 @@ def _decoder(attn: GQA, mlp: MoE | SwiGLU, eps: float) -> Decoder:
 
 def sparse_layers(c: Config) -> set[int]:
     """Numbers of the layers that are MoE; the others are dense (Qwen2 and Qwen3)."""
-    step = c.int("decoder_sparse_step", default=1)
-    dense = c.list("mlp_only_layers", int)
-    experts = c.int("num_experts", "num_local_experts", least=0)
-    return {i for i in range(layer_count(c)) if i not in dense and experts > 0 and (i + 1) % step == 0}
+    step = c.integer("decoder_sparse_step", default=1)
+    dense = c.items("mlp_only_layers", int)
+    return {i for i in range(layer_count(c)) if i not in dense and (i + 1) % step == 0}
 
 
 def _windows(c: Config) -> list[int]:
     """Each layer's sliding window, 0 for full attention."""
-    layers, on = layer_count(c), c.bool("use_sliding_window", default=False)
-    width = c.int("sliding_window", default=4096, least=0)
-    last = c.int("max_window_layers", default=28, least=0)
-    derived = ["sliding_attention" if on and i % 2 == 0 and i < last else "full_attention" for i in range(layers)]
-    kinds = c.list("layer_types", str, default=derived)
+    layers, on = layer_count(c), c.flag("use_sliding_window", default=False)
+    width = c.integer("sliding_window", default=4096, least=0)
+    last = c.integer("max_window_layers", default=28, least=0)
+    derived = [
+        "sliding_attention" if on and i % 2 == 0 and i < last else "full_attention" for i in range(layers)
+    ]
+    kinds = c.items("layer_types", str, default=derived)
     c.need(len(kinds) == layers, f"layer_types names {len(kinds)} layers, num_hidden_layers is {layers}")
     for kind in kinds:
         if kind not in ("sliding_attention", "full_attention"):
             raise c.unsupported(f"layer_types names {kind!r}: moec has full_attention and sliding_attention")
     slides = "sliding_attention" in kinds
-    c.need(not slides or (on and width > 0), "layer_types asks for sliding attention, but there is no sliding_window")
+    c.need(
+        not slides or (on and width > 0),
+        "layer_types asks for sliding attention, but there is no sliding_window",
+    )
     return [width if kind == "sliding_attention" else 0 for kind in kinds]
 
 
 def _experts(c: Config, act: str) -> MoE:
-    count = c.int("num_experts", "num_local_experts")
+    count = c.integer("num_experts", "num_local_experts")
     router = Router(
         count,
-        c.int("num_experts_per_tok"),
-        renorm=c.bool("norm_topk_prob", default=False),
+        c.integer("num_experts_per_tok"),
+        renorm=c.flag("norm_topk_prob", default=False),
         round_weights=True,
     )
-    experts = Experts(count, c.int("moe_intermediate_size"), act)
-    shared = SwiGLU(c.int("shared_expert_intermediate_size"), act, name="shared_expert")
+    experts = Experts(count, c.integer("moe_intermediate_size"), act)
+    shared = SwiGLU(c.integer("shared_expert_intermediate_size"), act, name="shared_expert")
     return MoE(router, experts, shared=shared, shared_gate="shared_expert_gate")
 
 

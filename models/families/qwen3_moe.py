@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from moec.models.blocks import Decoder, Experts, MoE, Router, SwiGLU
 from moec.models.config import Config
-from moec.models.families.common import activation, grouped_query_attention, layer_count, model_fields, norm_eps
+from moec.models.families.common import (
+    activation,
+    grouped_query_attention,
+    layer_count,
+    model_fields,
+    norm_eps,
+)
 from moec.models.families.qwen2_moe import sparse_layers
 from moec.models.families.registry import Family, register
 from moec.models.spec import Model
@@ -12,9 +18,9 @@ from moec.models.spec import Model
 
 def read(c: Config) -> Model:
     act, eps, sparse = activation(c), norm_eps(c), sparse_layers(c)
-    bias = c.bool("attention_bias", default=False)
+    bias = c.flag("attention_bias", default=False)
     attn = grouped_query_attention(c, qkv_bias=bias, out_bias=bias, qk_norm="head", window=_window(c))
-    dense = Decoder(attn, SwiGLU(c.int("intermediate_size"), act), eps)
+    dense = Decoder(attn, SwiGLU(c.integer("intermediate_size"), act), eps)
     moe = Decoder(attn, _experts(c, act), eps)
     return Model(layers=[moe if i in sparse else dense for i in range(layer_count(c))], **model_fields(c))
 
@@ -22,19 +28,19 @@ def read(c: Config) -> Model:
 def _window(c: Config) -> int:
     """One sliding window for all layers, 0 for full attention."""
     c.skip("max_window_layers")
-    width: int = c.int("sliding_window", default=4096, least=0)
-    return width if c.bool("use_sliding_window", default=False) else 0
+    width: int = c.integer("sliding_window", default=4096, least=0)
+    return width if c.flag("use_sliding_window", default=False) else 0
 
 
 def _experts(c: Config, act: str) -> MoE:
-    count = c.int("num_experts", "num_local_experts")
+    count = c.integer("num_experts", "num_local_experts")
     router = Router(
         count,
-        c.int("num_experts_per_tok"),
-        renorm=c.bool("norm_topk_prob", default=False),
+        c.integer("num_experts_per_tok"),
+        renorm=c.flag("norm_topk_prob", default=False),
         round_weights=True,
     )
-    return MoE(router, Experts(count, c.int("moe_intermediate_size"), act))
+    return MoE(router, Experts(count, c.integer("moe_intermediate_size"), act))
 
 
 QWEN3_30B = {

@@ -14,9 +14,28 @@ Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Preset:
+    """A published model by name: the fields of its config.json."""
+
+    name: str
+    family: str
+    fields: Fields
+
+    @property
+    def summary(self) -> str:
+        """``61 layers of 7168, 8 of 256 experts``."""
+        f = self.fields
+        experts = f.get("n_routed_experts") or f.get("num_local_experts") or f.get("num_experts")
+        size = f"{f['num_hidden_layers']} layers of {f['hidden_size']}"
+        return size + (f", {f['num_experts_per_tok']} of {experts} experts" if experts else ", dense")
+
+
+@dataclass(frozen=True)
 class Family:
-    """One architecture. ``presets`` are the fields of config.json by preset name, as published; ``tiny`` is the
-    preset with every feature of the family at minute dimensions."""
+    """One architecture. ``presets`` are the fields of config.json by preset name, as published.
+
+    ``tiny`` is the preset with every feature of the family at minute dimensions.
+    """
 
     name: str
     model_types: tuple[str, ...]
@@ -26,27 +45,26 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
+PRESETS: dict[str, Preset] = {}
 
 
 def register(family: Family) -> Family:
     for other in FAMILIES.values():
-        shared = {*other.presets} & {*family.presets} | {*other.model_types} & {*family.model_types}
+        mine, theirs = {*family.presets, *family.model_types}, {*other.presets, *other.model_types}
+        shared = mine & theirs
         if shared:
             raise RuntimeError(f"{other.name} and {family.name} both register {', '.join(sorted(shared))}")
     FAMILIES[family.name] = family
+    for name, fields in family.presets.items():
+        PRESETS[name] = Preset(name, family.name, fields)
     return family
-
-
-def preset_names() -> list[str]:
-    return sorted(name for family in FAMILIES.values() for name in family.presets)
 
 
 def preset_fields(name: str) -> dict[str, Any]:
     """The config.json of a preset. Raises UnknownPreset with the nearest names."""
-    for family in FAMILIES.values():
-        if name in family.presets:
-            return dict(family.presets[name])
-    raise UnknownPreset(f"no preset is called {name!r}{nearest(name, preset_names())}")
+    if name not in PRESETS:
+        raise UnknownPreset(f"no preset is called {name!r}{nearest(name, PRESETS)}")
+    return dict(PRESETS[name].fields)
 
 
 def preset(name: str) -> Model:
@@ -73,7 +91,9 @@ def _family(config: Config) -> Family:
     if model_type not in known:
         said = f"model_type is {model_type!r}" if model_type else "there is no model_type"
         raise config.unsupported(f"{said}{nearest(model_type, known)}; moec reads {', '.join(sorted(known))}")
-    for architecture in config.list("architectures", str):
+    for architecture in config.items("architectures", str):
         if not architecture.endswith(("ForCausalLM", "Model")):
-            raise config.unsupported(f"architectures names {architecture!r}: moec compiles models for causal language modelling")
+            raise config.unsupported(
+                f"architectures names {architecture!r}: moec compiles models for causal language modelling"
+            )
     return known[model_type]
