@@ -272,10 +272,6 @@ class Op:
         if not isinstance(value.type, IndexType):
             raise self.mismatch(f"{value.text} is {value.type}, not an index")
 
-    def free_symbols(self) -> dict[Any, Any]:
-        """Symbols that this op's run-time data defines, with what a cost model should take for them."""
-        return {}
-
     @property
     def users_label(self) -> str:
         return ",".join(r.text for r in self.results) or self.name

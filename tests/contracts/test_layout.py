@@ -116,7 +116,7 @@ def test_imports_run_one_way() -> None:
         ("runtime/load.py", "from moec import build"),
         ("runtime/load.py", "import rich"),
         ("moec/errors.py", "from moec.config import BuildOptions"),
-        ("moec/config.py", "from . import errors"),
+        ("moec/config.py", "from . import cli"),
         ("moec/cli.py", "from transformers import AutoConfig"),
     ],
 )

@@ -1,0 +1,289 @@
+"""Type inference: for every op one use that fits, and for every check the same use with one thing wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moec.errors import AttributeMismatch, MoecError, SourceLoc, TypeMismatch
+from moec.ir import OPS, Function, Module, Range, parse_module, verify
+from moec.ir.op import Op, op_class
+from moec.ir.types import DTYPES, bf16, f32, parse_type, symbol
+
+N = symbol("N")
+CACHE = "cache<bf16[576], page=64>"
+F8 = DTYPES["f8e4m3"]
+
+# op: (operand types, attributes, result types). A name before the type makes the operand that parameter;
+# "_" leaves an optional one out.
+GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
+    "add": (["bf16[N,4]", "bf16[4]"], {}, "bf16[N,4]"),
+    "attention": (
+        ["bf16[N,8,192]", "bf16[S,2,192]", "bf16[S,2,128]", "i32[B+1]", "i32[B+1]"],
+        {"scale": 0.1},
+        "bf16[N,8,128]",
+    ),
+    "bind": (["f32[4]"], {"param": "w"}, ""),
+    "broadcast": (["bf16[N~3,64]"], {"axis": 1, "size": 16}, "bf16[N~3,16,64]"),
+    "cache_read": ([CACHE, "index", "i32[B,P]", "i32[B]"], {}, "bf16[S,576]"),
+    "cache_write": ([CACHE, "index", "bf16[N,576]", "i32[N]"], {}, CACHE),
+    "call": (
+        ["f32[N,4]", CACHE, "i32[N]"],
+        {"callee": "f", "carry": 2, "layers": Range(0, 3)},
+        f"f32[N,4], {CACHE}",
+    ),
+    "cast": (["bf16[8*N~4,4]"], {"to": f32}, "f32[8*N~4,4]"),
+    "clamp": (["bf16[N]"], {"lo": -1.0, "hi": 1.0}, "bf16[N]"),
+    "combine": (["bf16[8*N~256,64]", "i32[8*N]", "f32[N,8]", "bf16[N,64]"], {}, "bf16[N,64]"),
+    "concat": (["bf16[N~2,4]", "bf16[N~2,5]"], {}, "bf16[N~2,9]"),
+    "dequant": (["f8e4m3[576,7168]", "f32[5,56]"], {"block": (128, 128), "to": bf16}, "bf16[576,7168]"),
+    "embedding": (["i64[N]", "bf16[100,64]"], {}, "bf16[N,64]"),
+    "expert_slots": (["i32[N,8]", "index"], {}, "i32[R]"),
+    "for_each": (["f32[N,4]"], {"callee": "f", "carry": 1, "experts": Range(0, 3)}, "f32[N,4]"),
+    "gather_rows": (["bf16[N,64]", "i32[8*N~256]"], {"per_row": 8}, "bf16[8*N~256,64]"),
+    "grouped_linear": (["bf16[8*N~256,64]", "bf16[256,32,64]", "i32[257]"], {}, "bf16[8*N~256,32]"),
+    "linear": (["bf16[8*N~4,64]", "bf16[32,64]", "bf16[32]"], {"acc": f32}, "f32[8*N~4,32]"),
+    "mul": (["bf16[1,4]", "bf16[N,1]"], {}, "bf16[N,4]"),
+    "prefix_sum": (["i32[B]"], {}, "i32[B+1]"),
+    "reshape": (["bf16[N~2,6]"], {"shape": (N, 2, 3)}, "bf16[N~2,2,3]"),
+    "rms_norm": (["bf16[N,64]", "f32[64]"], {"eps": 1e-6}, "bf16[N,64]"),
+    "rope": (["bf16[N,8,64]", "f32[N,32]", "f32[N,32]"], {"layout": "half"}, "bf16[N,8,64]"),
+    "rope_table": (["i64[N]"], {"dim": 64, "theta": 1e4}, "f32[N,32], f32[N,32]"),
+    "route": (["f32[N,256]", "f32[256]"], {"score": "sigmoid", "k": 8}, "f32[N,8], i32[N,8]"),
+    "scatter_add": (["f32[N,64]", "bf16[R,64]", "i32[R]", "f32[N,8]"], {"per_row": 8}, "f32[N,64]"),
+    "sigmoid": (["bf16[N~3,4]"], {}, "bf16[N~3,4]"),
+    "sort_by_expert": (["i32[N,8]"], {"experts": 256}, "i32[8*N~256], i32[257]"),
+    "split": (["bf16[N~2,576]"], {"sizes": (512, 64)}, "bf16[N~2,512], bf16[N~2,64]"),
+    "stack": (["$w.*.up: bf16[4,5]"], {"experts": Range(0, 7)}, "bf16[8,4,5]"),
+    "swiglu": (["bf16[N~2,64]"], {}, "bf16[N~2,32]"),
+    "zeros_like": (["bf16[N,4]"], {"dtype": f32}, "f32[N,4]"),
+}
+
+# (op, what differs from its entry above, the message after "op: "). Operands by number, attributes by name.
+BAD: list[tuple[str, dict[int | str, Any], str]] = [
+    ("add", {1: "f32[4]"}, "the dtype is bf16 in %a but f32 in %b"),
+    ("add", {1: "bf16[5]"}, "axis 1 of %a is 4 but axis 0 of %b is 5"),
+    ("add", {0: "bf16[4]", 1: "bf16[M,5]"}, "axis 1 of %b is 5 but axis 0 of %a is 4"),
+    ("add", {0: "index"}, "%a is index, not a tensor"),
+    ("attention", {1: "bf16[S,2,64]"}, "D is 192 in %q but 64 in %k"),
+    ("attention", {2: "bf16[M,2,128]"}, "S is S in %k but M in %v"),
+    ("attention", {2: "bf16[S,4,128]"}, "kv_heads is 2 in %k but 4 in %v"),
+    ("attention", {1: "f32[S,2,192]"}, "the dtype is bf16 in %q but f32 in %k"),
+    ("attention", {2: "f32[S,2,128]"}, "the dtype is bf16 in %q but f32 in %v"),
+    ("attention", {4: "i32[B]"}, "B+1 is B + 1 in %cu_q but B in %cu_k"),
+    ("attention", {3: "f32[B+1]"}, "%cu_q is f32[B+1], not integers"),
+    ("attention", {0: "bf16[N,3,192]"}, "3 query heads can't share 2 key heads equally"),
+    ("attention", {0: "bf16[N,H,192]"}, "H query heads can't share 2 key heads equally"),
+    ("attention", {1: "bf16[S,0,192]", 2: "bf16[S,0,128]"}, "8 query heads can't share 0 key heads equally"),
+    ("attention", {0: "bf16[N,192]"}, "%q is bf16[N,192], not of rank 3"),
+    ("attention", {"window": -1}, "window is -1"),
+    ("bind", {0: CACHE}, f"%x is {CACHE}, not a tensor"),
+    ("broadcast", {"axis": 3}, "axis 3 of a tensor of rank 3"),
+    ("broadcast", {"size": 0}, "size is 0"),
+    ("cache_read", {0: "bf16[4]"}, "%cache is bf16[4], not a cache"),
+    ("cache_read", {1: "i32[1]"}, "%layer is i32[1], not an index"),
+    ("cache_read", {3: "i32[M]"}, "B is B in %block_table but M in %seq_lens"),
+    ("cache_read", {2: "f32[B,P]"}, "%block_table is f32[B,P], not integers"),
+    ("cache_read", {3: "bf16[B]"}, "%seq_lens is bf16[B], not integers"),
+    ("cache_write", {0: "bf16[4]"}, "%cache is bf16[4], not a cache"),
+    ("cache_write", {1: "i32[1]"}, "%layer is i32[1], not an index"),
+    ("cache_write", {2: "bf16[N,512]"}, f"%entry is bf16[N,512], which doesn't fit {CACHE}"),
+    ("cache_write", {2: "f32[N,576]"}, f"%entry is f32[N,576], which doesn't fit {CACHE}"),
+    ("cache_write", {2: "bf16[]"}, "%entry is bf16[], but needs an axis"),
+    ("cache_write", {3: "i32[M]"}, "N is N in %entry but M in %slot_mapping"),
+    ("cache_write", {3: "f32[N]"}, "%slot_mapping is f32[N], not integers"),
+    ("call", {"carry": 4}, "returns 4 values but takes 3"),
+    ("clamp", {"lo": 2.0}, "lo is 2.0, above hi, 1.0"),
+    ("combine", {2: "f32[N,4]"}, "T·k is 8*N in %rows but 4*N in %w"),
+    ("combine", {1: "i32[N]"}, "T·k is 8*N in %rows but N in %slot"),
+    ("combine", {1: "f32[8*N]"}, "%slot is f32[8*N], not integers"),
+    ("combine", {3: "bf16[N,63]"}, "%plus is bf16[N,63] but the result bf16[N,64]"),
+    ("concat", {1: "f32[N,5]"}, "the dtype is bf16 in %xs.0 but f32 in %xs.1"),
+    ("concat", {1: "bf16[M,5]"}, "axis 0 is N in %xs.0 but M in %xs.1"),
+    ("concat", {1: "bf16[N]"}, "%xs.1 is bf16[N], not of rank 2"),
+    ("concat", {"axis": 2}, "axis 2 of a tensor of rank 2"),
+    ("dequant", {1: "f32[4,56]"}, "%scale is f32[4,56], not the f32[5,56] that f8e4m3[576,7168] asks for"),
+    ("dequant", {1: "bf16[5,56]"}, "%scale is bf16[5,56], not the f32[5,56] that f8e4m3[576,7168] asks for"),
+    ("dequant", {"block": (128,)}, "a block of 1 axes for %q, f8e4m3[576,7168]: both need two"),
+    ("dequant", {0: "f8e4m3[576]"}, "a block of 2 axes for %q, f8e4m3[576]: both need two"),
+    ("embedding", {0: "f32[N]"}, "%ids is f32[N], not integers"),
+    ("embedding", {1: "bf16[64]"}, "%table is bf16[64], not of rank 2"),
+    ("expert_slots", {0: "f32[N,8]"}, "%id is f32[N,8], not integers"),
+    ("expert_slots", {1: "i32[1]"}, "%expert is i32[1], not an index"),
+    ("for_each", {"carry": 2}, "returns 2 values but takes 1"),
+    ("gather_rows", {0: "bf16[N]"}, "%x is bf16[N], not of rank 2"),
+    ("gather_rows", {1: "f32[N]"}, "%slot is f32[N], not integers"),
+    ("gather_rows", {"per_row": 0}, "per_row is 0"),
+    ("grouped_linear", {1: "bf16[256,32,63]"}, "K is 64 in %x but 63 in %w"),
+    ("grouped_linear", {1: "f32[256,32,64]"}, "the dtype is bf16 in %x but f32 in %w"),
+    ("grouped_linear", {2: "i32[256]"}, "E+1 is 257 in %w but 256 in %off"),
+    ("grouped_linear", {2: "f32[257]"}, "%off is f32[257], not integers"),
+    ("grouped_linear", {0: "bf16[N~8,64]"}, "the number of groups is 8 in %x but 256 in %w"),
+    ("linear", {1: "bf16[32,63]"}, "K is 64 in %x but 63 in %w"),
+    ("linear", {1: "f32[32,64]"}, "the dtype is bf16 in %x but f32 in %w"),
+    ("linear", {2: "bf16[31]"}, "N is 31 in %bias but 32 in %w"),
+    ("linear", {0: "bf16[]"}, "%x is bf16[], but needs an axis"),
+    ("linear", {0: "f8e4m3[N,64]@s1x64"}, "%x is f8e4m3[N,64]@s1x64: this op doesn't read block scales"),
+    ("mul", {1: "bf16[N,2]"}, "axis 1 of %a is 4 but axis 1 of %b is 2"),
+    ("prefix_sum", {0: "f32[B]"}, "%n is f32[B], not integers"),
+    ("prefix_sum", {0: "i32[B,2]"}, "%n is i32[B,2], not of rank 1"),
+    ("reshape", {"shape": (N, 7)}, "%x is bf16[N~2,6], which has another number of elements than [N,7]"),
+    ("rms_norm", {1: "f32[63]"}, "K is 64 in %x but 63 in %w"),
+    ("rms_norm", {0: "bf16[]"}, "%x is bf16[], but needs an axis"),
+    ("rope", {2: "f32[N,31]"}, "the table is f32[N,32] in %cos but f32[N,31] in %sin"),
+    ("rope", {1: "bf16[N,32]", 2: "bf16[N,32]"}, "the table is bf16[N,32], not f32"),
+    ("rope", {0: "bf16[N,8,63]"}, "%x is bf16[N,8,63], which doesn't fit the table's f32[N,32]"),
+    ("rope", {0: "bf16[M,8,64]"}, "%x is bf16[M,8,64], which doesn't fit the table's f32[N,32]"),
+    ("rope", {0: "bf16[N,1,8,64]"}, "%x is bf16[N,1,8,64], which doesn't fit the table's f32[N,32]"),
+    ("rope_table", {0: "f32[N]"}, "%positions is f32[N], not integers"),
+    ("rope_table", {"dim": 63}, "dim is 63, not a positive even number"),
+    ("rope_table", {"dim": 0}, "dim is 0, not a positive even number"),
+    ("rope_table", {"theta": 1.0}, "theta is 1.0 (it must exceed 1), factor 1.0 (it must exceed 0)"),
+    ("rope_table", {"factor": 0.0}, "theta is 10000.0 (it must exceed 1), factor 0.0 (it must exceed 0)"),
+    ("rope_table", {"scaling": "yarn"}, "yarn needs original, the positions trained on, not 0"),
+    (
+        "rope_table",
+        {"scaling": "yarn", "original": 64, "beta_slow": 0.0},
+        "beta_fast is 32.0, beta_slow 0.0: both must exceed 0",
+    ),
+    ("rope_table", {"scaling": "llama3", "original": 64, "low": 4.0}, "low is 4.0, not below high, 4.0"),
+    ("route", {1: "f32[255]"}, "E is 256 in %logits but 255 in %bias"),
+    ("route", {"k": 257}, "k is 257 of 256 experts"),
+    ("route", {"k": 0}, "k is 0 of 256 experts"),
+    ("route", {0: "f32[N,E]", 1: "_"}, "k is 8 of E experts"),
+    ("route", {"groups": 3}, "can't part 256 experts into 3 groups and keep 1"),
+    ("route", {"groups": 0}, "can't part 256 experts into 0 groups and keep 1"),
+    ("route", {"groups": 8, "topk_groups": 9}, "can't part 256 experts into 8 groups and keep 9"),
+    (
+        "route",
+        {"groups": 256, "topk_groups": 8, "group_score": "top2sum"},
+        "a group of one expert has no two best",
+    ),
+    ("route", {"groups": 64, "topk_groups": 1}, "k is 8, but the groups allow 4"),
+    ("scatter_add", {0: "bf16[N,64]"}, "%acc is bf16[N,64], but sums are f32"),
+    ("scatter_add", {0: "f32[N,63]"}, "H is 63 in %acc but 64 in %rows"),
+    ("scatter_add", {0: "f32[M,64]"}, "T is M in %acc but N in %w"),
+    ("scatter_add", {2: "i32[M]"}, "R is R in %rows but M in %slot"),
+    ("scatter_add", {2: "f32[R]"}, "%slot is f32[R], not integers"),
+    ("scatter_add", {"per_row": 4}, "per_row is 4 but %w is f32[N,8]"),
+    ("sort_by_expert", {0: "f32[N,8]"}, "%id is f32[N,8], not integers"),
+    ("sort_by_expert", {0: "i32[N]"}, "%id is i32[N], not of rank 2"),
+    ("sort_by_expert", {"experts": 0}, "experts is 0"),
+    ("split", {"sizes": (512, 63)}, "axis 1 of %x is 576, sizes add up to 575"),
+    ("split", {"sizes": (577, -1)}, "sizes are [577, -1]: they must be positive"),
+    ("split", {"sizes": ()}, "sizes are []: they must be positive"),
+    ("split", {"axis": -3}, "axis -3 of a tensor of rank 2"),
+    ("stack", {0: "$w.up: bf16[4,5]"}, "$w.up is no family of parameters"),
+    ("stack", {0: "bf16[4,5]"}, "%family is no family of parameters"),
+    ("swiglu", {0: "bf16[N,63]"}, "%gate is bf16[N,63]: its last axis must be even"),
+    ("swiglu", {0: "bf16[]"}, "%gate is bf16[], but needs an axis"),
+    ("swiglu", {1: "bf16[N,32]"}, "%gate is bf16[N~2,64] but %up is bf16[N,32]"),
+    ("zeros_like", {0: "index"}, "%x is index, not a tensor"),
+]
+
+
+def build(name: str, operands: list[str], attrs: dict[str, Any]) -> Op:
+    """The op, in a function whose arguments are called as the op declares its operands."""
+    function = Function("f")
+    specs = op_class(name).operand_specs
+    values: list[Any] = []
+    for i, text in enumerate(operands):
+        spec = specs[min(i, len(specs) - 1)]
+        if text == "_":
+            values.append(None)
+        elif text.startswith("$"):
+            param, _, type_text = text[1:].partition(": ")
+            values.append(function.param(param, parse_type(type_text)))
+        else:
+            arg_name = f"{spec.name}.{i}" if spec.variadic else spec.name
+            values.append(function.add_argument(arg_name, parse_type(text)))
+    return function.create(op_class(name)(values, attrs, SourceLoc("model.py", 41)))
+
+
+def test_every_op_has_a_use_that_fits_and_a_check() -> None:
+    assert set(GOOD) == set(OPS) - {"return"}
+    unchecked = set(GOOD) - {name for name, *_ in BAD}
+    # These take a tensor of any shape; zeros_like, of their class, is tried with what is no tensor.
+    assert unchecked == {"cast", "sigmoid"}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_fits(name: str) -> None:
+    operands, attrs, expected = GOOD[name]
+    op = build(name, operands, attrs)
+    assert ", ".join(str(r.type) for r in op.results) == expected
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BAD, ids=[f"{n}: {m}" for n, _, m in BAD])
+def test_what_does_not(name: str, change: dict[int | str, Any], message: str) -> None:
+    operands, attrs, _ = GOOD[name]
+    changed = list(operands)
+    for key, value in change.items():
+        if isinstance(key, int):
+            changed[key:] = [value, *changed[key + 1 :]]
+    with pytest.raises(TypeMismatch) as caught:
+        build(name, changed, attrs | {k: v for k, v in change.items() if isinstance(k, str)})
+    assert str(caught.value) == f"error[M0203] {name}: {message}\n  --> model.py:41"
+
+
+def test_grouping_ends_where_rows_are_cut_or_joined() -> None:
+    assert str(build("split", ["bf16[4~2,6]"], {"sizes": (1, 3), "axis": 0}).results[0].type) == "bf16[1,6]"
+    assert str(build("concat", ["bf16[N~2,6]"] * 2, {"axis": 0}).results[0].type) == "bf16[2*N,6]"
+    assert str(build("broadcast", ["bf16[N~2]"], {"axis": 0, "size": 3}).results[0].type) == "bf16[3,N]"
+    assert str(build("reshape", ["bf16[N~2,6]"], {"shape": (6 * N,)}).results[0].type) == "bf16[6*N]"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("linear", {"ac": f32}, "linear: no attribute is called 'ac'; did you mean acc"),
+        ("linear", {"acc": "f32"}, "linear: acc must be dtype, not 'f32'"),
+        ("clamp", {"lo": 1}, "clamp: lo must be float, not 1"),
+        ("route", {"score": "tanh"}, "route: score must be softmax|sigmoid, not 'tanh'"),
+        ("route", {"k": True}, "route: k must be int, not True"),
+        ("dequant", {"block": (0, 128)}, "dequant: block must be block, not (0, 128)"),
+        ("cache_read", {"rows": "a b"}, "cache_read: rows must be symbol, not 'a b'"),
+        ("stack", {"experts": Range(3, 1)}, "stack: experts must be range, not Range(first=3, last=1)"),
+    ],
+)
+def test_attributes_of_another_name_or_kind(name: str, change: dict[str, Any], message: str) -> None:
+    operands, attrs, _ = GOOD[name]
+    with pytest.raises(AttributeMismatch) as caught:
+        build(name, operands, attrs | change)
+    assert caught.value.message.startswith(message) and caught.value.code == "M0204"
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_is_missing_or_too_much(name: str) -> None:
+    operands, attrs, _ = GOOD[name]
+    specs = op_class(name).operand_specs
+    for i, spec in enumerate(specs):
+        if not spec.optional and i < len(operands):
+            with pytest.raises(TypeMismatch, match=f"{name}: operand {spec.name} is missing"):
+                build(name, [*operands[:i], "_", *operands[i + 1 :]], attrs)
+    if not specs[-1].variadic:
+        with pytest.raises(TypeMismatch, match=f"{name}: takes {len(specs)} operands, got {len(specs) + 1}"):
+            build(name, [*operands, *["_"] * (len(specs) + 1 - len(operands))], attrs)
+    for key, spec in op_class(name).attr_specs.items():
+        if spec.required:
+            with pytest.raises(AttributeMismatch, match=f"{name}: attribute {key} is missing"):
+                build(name, operands, {k: v for k, v in attrs.items() if k != key})
+
+
+def test_a_message_names_the_line_of_the_text() -> None:
+    text = """\
+moec.ir 1 func @f(%xp: bf16[8*T~256,7168], %off: i32[257]) -> bf16[8*T~256,4096]
+  param $experts.w13: bf16[256,4096,7186]
+  %gu = grouped_linear(%xp, $experts.w13, %off) : bf16[8*T~256,4096] ; 1.92TF deepseek.py:50
+  return %gu
+end
+"""
+    with pytest.raises(MoecError) as caught:
+        parse_module(text, "001.moec")
+    assert str(caught.value) == (
+        "error[M0203] grouped_linear: K is 7168 in %xp but 7186 in $experts.w13\n  --> 001.moec:3"
+    )
+    module = parse_module(text.replace("7186", "7168"))
+    verify(module)
+    assert isinstance(module, Module) and module["f"].ops[0].loc == SourceLoc("deepseek.py", 50)

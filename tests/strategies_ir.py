@@ -1,0 +1,420 @@
+"""Hypothesis strategies over IR: whole well-typed functions, with inputs to run them on.
+
+Each op has an entry in ``DRAW``: a function that appends the op to a ``Graph``, with operands taken from the
+graph or made for it. A contract test fails for an op without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from moec.errors import SourceLoc
+from moec.ir import CacheType, DType, Function, Module, Range, TensorType, Value
+from moec.ir.op import op_class
+from moec.ir.ops.attention import PagedCache
+from moec.ir.types import DTYPES, Dim, IndexType, Type, as_dim, bf16, f16, f32, i32, i64, symbol
+from tests.strategies_types import B, Draw, N, of
+
+small = st.integers(1, 4)
+
+VALUE_NAMES = of(["", "h", "x.q", "k_pe", "up-proj", "_0"])
+
+
+# Functions.
+@dataclass
+class Case:
+    """A module whose function @main runs on ``args`` with ``weights``."""
+
+    module: Module
+    args: list[Any]
+    weights: dict[str, torch.Tensor]
+
+
+@dataclass
+class Graph:
+    """A function that grows, with the run-time values of its arguments and parameters."""
+
+    draw: Draw
+    module: Module
+    function: Function
+    lengths: list[int]  # of each sequence's new tokens; they add up to N
+    args: list[Any] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    routed: list[tuple[Value, Value, int, int]] = field(default_factory=list)  # w, id, experts, k
+    cache: Value | None = None
+    depth: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    def argument(self, type: Type, data: Any) -> Value:
+        self.args.append(data)
+        return self.function.add_argument("in", type)
+
+    def size(self, dim: Dim) -> int:
+        return dim if isinstance(dim, int) else int(dim.subs({N: self.tokens, B: len(self.lengths)}))
+
+    def data(self, dtype: DType, *shape: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.draw(st.integers(0, 99)))
+        return torch.randn(shape, generator=generator).to(dtype.torch)
+
+    def fresh(self, dtype: DType, *shape: Dim) -> Value:
+        return self.argument(TensorType(dtype, shape), self.data(dtype, *map(self.size, shape)))
+
+    def integers(self, values: list[int] | torch.Tensor, *shape: Dim, dtype: DType = i32) -> Value:
+        return self.argument(TensorType(dtype, shape), torch.as_tensor(values, dtype=dtype.torch))
+
+    def param(self, dtype: DType, *shape: int) -> Value:
+        name = f"layer.{len(self.weights)}.weight"
+        self.weights[name] = self.data(dtype, *shape)
+        return self.function.param(name, TensorType(dtype, shape))
+
+    def known(self, fits: Callable[[TensorType], bool]) -> Value | None:
+        """A float tensor that the graph already has and that fits, or None."""
+        found = [v for v in self.floats() if fits(v.type)]
+        return self.draw(of(found)) if found and self.draw(st.booleans()) else None
+
+    def floats(self) -> list[Value]:
+        tensors = [v for v in self.function.values() if isinstance(v.type, TensorType)]
+        return [v for v in tensors if v.type.dtype in (f32, bf16, f16)]
+
+    def x(self, *shape: Dim) -> Value:
+        """A float tensor of this shape; of any with at least one axis where none is given."""
+        value = self.known(lambda t: t.shape == shape if shape else t.rank > 0 and sized(t))
+        return value or self.fresh(self.draw(of([f32, bf16])), *(shape or (N, self.draw(small))))
+
+    def op(self, name: str, *operands: Value | None, **attrs: Any) -> Any:
+        loc = self.draw(of([None, SourceLoc("my model.py", 88, "MoE.lower"), SourceLoc("<stdin>", 3)]))
+        op = op_class(name)(operands, attrs, loc)
+        op.origin = self.draw(of(["", "permute-fusion(%xp, %gu)"]))
+        results = self.function.create(op, [self.draw(VALUE_NAMES)]).results
+        return results[0] if len(results) == 1 else results
+
+
+def sized(type: TensorType) -> bool:
+    """Whether a shape is known outside: it speaks of N and B only."""
+    return all(isinstance(d, int) or d.free_symbols <= {N, B} for d in type.shape)
+
+
+DRAW: dict[str, Callable[[Graph], Any]] = {}
+
+
+def draws(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what appends an op; one that serves several receives the name too."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            DRAW[name] = function if len(names) == 1 else lambda g, name=name: function(g, name)
+        return function
+
+    return register
+
+
+@draws("add", "mul")
+def _binary(g: Graph, name: str) -> Any:
+    a = g.x()
+    kept = a.type.shape[g.draw(st.integers(0, a.type.rank - 1)) :]
+    b = g.fresh(a.type.dtype, *(1 if g.draw(st.booleans()) else d for d in kept))
+    return g.op(name, *g.draw(st.permutations([a, b])))
+
+
+@draws("sigmoid")
+def _sigmoid(g: Graph) -> Any:
+    return g.op("sigmoid", g.x())
+
+
+@draws("clamp")
+def _clamp(g: Graph) -> Any:
+    lo, hi = sorted([g.draw(st.floats(-2, 2)), g.draw(st.floats(-2, 2))])
+    return g.op("clamp", g.x(), lo=lo, hi=hi)
+
+
+@draws("cast")
+def _cast(g: Graph) -> Any:
+    return g.op("cast", g.x(), to=g.draw(of([f32, bf16, f16, DTYPES["f8e4m3"]])))
+
+
+@draws("zeros_like")
+def _zeros_like(g: Graph) -> Any:
+    return g.op("zeros_like", g.x(), dtype=g.draw(of([f32, bf16, i64])))
+
+
+@draws("swiglu")
+def _swiglu(g: Graph) -> Any:
+    act = g.draw(of(["silu", "gelu", "gelu_tanh"]))
+    if g.draw(st.booleans()):
+        gate = g.x()
+        return g.op(
+            "swiglu", gate, g.fresh(gate.type.dtype, *gate.type.shape) if plain(gate) else gate, act=act
+        )
+    return g.op("swiglu", g.fresh(g.draw(of([f32, bf16])), N, 2 * g.draw(small)), act=act)
+
+
+def plain(value: Value) -> bool:
+    return value.type == TensorType(value.type.dtype, value.type.shape)
+
+
+@draws("linear")
+def _linear(g: Graph) -> Any:
+    x = g.known(lambda t: t.rank > 0 and isinstance(t.shape[-1], int)) or g.fresh(f32, N, 3)
+    n = g.draw(small)
+    w = g.param(x.type.dtype, n, x.type.shape[-1])
+    return g.op(
+        "linear", x, w, g.param(f32, n) if g.draw(st.booleans()) else None, acc=g.draw(of([None, f32, bf16]))
+    )
+
+
+@draws("rms_norm")
+def _rms_norm(g: Graph) -> Any:
+    x = g.known(lambda t: t.rank > 0 and isinstance(t.shape[-1], int)) or g.fresh(f32, N, 3)
+    return g.op("rms_norm", x, g.param(f32, x.type.shape[-1]), eps=g.draw(of([1e-6, 1e-5])))
+
+
+@draws("embedding")
+def _embedding(g: Graph) -> Any:
+    ids = g.draw(st.lists(st.integers(0, 4), min_size=g.tokens, max_size=g.tokens))
+    return g.op("embedding", g.integers(ids, N, dtype=i64), g.param(bf16, 5, g.draw(small)))
+
+
+@draws("rope_table")
+def _rope_table(g: Graph, dim: int = 8) -> Any:
+    positions = g.draw(st.lists(st.integers(0, 9999), min_size=g.tokens, max_size=g.tokens))
+    scaling = g.draw(of(["none", "linear", "yarn", "llama3"]))
+    how = {"factor": 4.0, "original": 64} if scaling in ("yarn", "llama3") else {}
+    return g.op("rope_table", g.integers(positions, N, dtype=i64), dim=dim, theta=1e4, scaling=scaling, **how)
+
+
+@draws("rope")
+def _rope(g: Graph) -> Any:
+    cos, sin = _rope_table(g, 4)
+    x = g.x(N, 4) if g.draw(st.booleans()) else g.x(N, 2, 4)
+    return g.op("rope", x, cos, sin, layout=g.draw(of(["interleaved", "half"])))
+
+
+@draws("reshape")
+def _reshape(g: Graph) -> Any:
+    x = g.x()
+    first, *rest = x.type.shape
+    shape = g.draw(of([(x.type.numel,), (*rest, first), (first, 1, *rest)]))
+    return g.op("reshape", x, shape=shape)
+
+
+@draws("split")
+def _split(g: Graph) -> Any:
+    x = g.known(lambda t: t.rank > 0 and isinstance(t.shape[-1], int) and t.shape[-1] > 0) or g.fresh(
+        f32, N, 4
+    )
+    last = x.type.shape[-1]
+    cut = g.draw(st.integers(0, last - 1))
+    return g.op(
+        "split", x, sizes=(cut, last - cut) if cut else (last,), axis=g.draw(of([-1, x.type.rank - 1]))
+    )
+
+
+@draws("concat")
+def _concat(g: Graph) -> Any:
+    x = g.x()
+    return g.op("concat", *[x] * g.draw(small), axis=g.draw(st.integers(-x.type.rank, x.type.rank - 1)))
+
+
+@draws("broadcast")
+def _broadcast(g: Graph) -> Any:
+    x = g.x()
+    return g.op("broadcast", x, axis=g.draw(st.integers(0, x.type.rank)), size=g.draw(small))
+
+
+@draws("prefix_sum")
+def _prefix_sum(g: Graph) -> Any:
+    return g.op("prefix_sum", g.integers(g.lengths, B))
+
+
+# Attention.
+@draws("attention")
+def _attention(g: Graph) -> Any:
+    more = [n + g.draw(st.integers(0, 3)) for n in g.lengths]
+    keys, kv, d = symbol(f"K{len(g.args)}"), g.draw(of([1, 2])), g.draw(small)
+    q = g.x(N, kv * g.draw(of([1, 2])), d)
+    k, v = (
+        g.argument(TensorType(q.type.dtype, (keys, kv, w)), g.data(q.type.dtype, sum(more), kv, w))
+        for w in (d, g.draw(small))
+    )
+    cu_q, cu_k = (g.integers(torch.tensor([0, *lens]).cumsum(0), as_dim(B + 1)) for lens in (g.lengths, more))
+    causal, window = g.draw(st.booleans()), g.draw(of([0, 1, 3]))
+    return g.op("attention", q, k, v, cu_q, cu_k, scale=0.5, causal=causal, window=window)
+
+
+PAGE = CacheType(f32, (2, 3), 4)
+PAGES = 8
+
+
+@draws("cache_write")
+def _cache_write(g: Graph) -> Any:
+    cache = g.cache or g.argument(PAGE, PagedCache(4, {0: torch.full((4 * PAGES, 2, 3), torch.nan)}))
+    slots = g.draw(st.lists(st.integers(-1, 4 * PAGES - 1), min_size=g.tokens, max_size=g.tokens))
+    entry = g.fresh(f32, N, 2, 3)
+    g.cache = g.op("cache_write", cache, g.argument(IndexType(), 0), entry, g.integers(slots, N))
+    return g.cache
+
+
+@draws("cache_read")
+def _cache_read(g: Graph) -> Any:
+    if g.cache is None:
+        _cache_write(g)
+    sequences, pages = len(g.lengths), symbol(f"P{len(g.args)}")
+    table = g.draw(st.lists(st.integers(0, PAGES - 1), min_size=2 * sequences, max_size=2 * sequences))
+    lens = g.draw(st.lists(st.integers(0, 8), min_size=sequences, max_size=sequences))
+    return g.op(
+        "cache_read",
+        g.cache,
+        g.argument(IndexType(), 0),
+        g.integers(torch.tensor(table, dtype=torch.int32).view(sequences, 2), B, pages),
+        g.integers(lens, B),
+        rows=f"S{len(g.args)}",
+    )
+
+
+# Experts.
+@draws("route")
+def _route(g: Graph) -> Any:
+    groups, each = g.draw(of([1, 2, 3])), g.draw(of([2, 3]))
+    kept, experts = g.draw(st.integers(1, groups)), groups * each
+    k = g.draw(st.integers(1, kept * each))
+    w, id = g.op(
+        "route",
+        g.x(N, experts),
+        g.param(f32, experts) if g.draw(st.booleans()) else None,
+        score=g.draw(of(["softmax", "sigmoid"])),
+        k=k,
+        renorm=g.draw(st.booleans()),
+        scale=g.draw(of([1.0, 2.5])),
+        groups=groups,
+        topk_groups=kept,
+        group_score=g.draw(of(["max", "top2sum"])),
+        masked=g.draw(of(["zero", "neginf"])),
+        dtype=g.draw(of([f32, bf16])),
+    )
+    g.routed.append((w, id, experts, k))
+    return w, id
+
+
+def _choice(g: Graph) -> tuple[Value, Value, int, int]:
+    if not g.routed:
+        _route(g)
+    return g.draw(of(g.routed))
+
+
+@draws("expert_slots")
+def _expert_slots(g: Graph) -> Any:
+    _, id, experts, _ = _choice(g)
+    expert = g.argument(IndexType(), g.draw(st.integers(0, experts - 1)))
+    return g.op("expert_slots", id, expert, rows=f"R{len(g.args)}")
+
+
+@draws("sort_by_expert")
+def _sort_by_expert(g: Graph) -> Any:
+    _, id, experts, _ = _choice(g)
+    return g.op("sort_by_expert", id, experts=experts)
+
+
+@draws("gather_rows")
+def _gather_rows(g: Graph) -> Any:
+    _, id, experts, k = _choice(g)
+    slot, _ = g.op("sort_by_expert", id, experts=experts)
+    return g.op("gather_rows", g.x(N, g.draw(small)), slot, per_row=k)
+
+
+@draws("scatter_add")
+def _scatter_add(g: Graph) -> Any:
+    w, _, _, k = _choice(g)
+    slot, h = _expert_slots(g), g.draw(small)
+    rows = g.op("gather_rows", g.x(N, h), slot, per_row=k)
+    return g.op("scatter_add", g.fresh(f32, N, h), rows, slot, w, per_row=k)
+
+
+def _grouped(g: Graph) -> tuple[Value, Value, Value]:
+    """Rows through the experts, their slots, and the weights of these."""
+    w, id, experts, k = _choice(g)
+    slot, off = g.op("sort_by_expert", id, experts=experts)
+    x = g.x(N, g.draw(small))
+    rows = g.op("gather_rows", x, slot, per_row=k)
+    weights = g.param(x.type.dtype, experts, g.draw(small), x.type.shape[1])
+    return g.op("grouped_linear", rows, weights, off), slot, w
+
+
+@draws("grouped_linear")
+def _grouped_linear(g: Graph) -> Any:
+    return _grouped(g)[0]
+
+
+@draws("combine")
+def _combine(g: Graph) -> Any:
+    rows, slot, w = _grouped(g)
+    plus = g.x(N, rows.type.shape[1]) if g.draw(st.booleans()) else None
+    return g.op("combine", rows, slot, w, plus, to=g.draw(of([None, f32])))
+
+
+# Weights.
+@draws("stack")
+def _stack(g: Graph) -> Any:
+    name, count = f"family.{len(g.weights)}", g.draw(small)
+    for n in range(count):
+        g.weights[f"{name}.{n}.w"] = g.data(f32, 2, 3)
+    return g.op(
+        "stack", g.function.param(f"{name}.*.w", TensorType(f32, (2, 3))), experts=Range(0, count - 1)
+    )
+
+
+@draws("dequant")
+def _dequant(g: Graph) -> Any:
+    rows, columns, block = g.draw(small), g.draw(small), (g.draw(small), g.draw(small))
+    q = g.param(DTYPES["f8e4m3"], rows, columns)
+    scale = g.param(f32, -(-rows // block[0]), -(-columns // block[1]))
+    return g.op("dequant", q, scale, block=block, to=g.draw(of([f32, bf16])))
+
+
+@draws("bind")
+def _bind(g: Graph) -> Any:
+    return g.op("bind", g.x(), param=g.draw(of(["layers.0.w", "proj.weight"])))
+
+
+# Loops.
+@draws("call", "for_each")
+def _loop(g: Graph, kind: str) -> Any:
+    """A body of one or two plain ops that ends by adding to what it carries."""
+    x, scale = g.fresh(f32, N, 3), g.fresh(f32, N, 3)
+    name = f"{kind}.{len(g.module.functions)}.{g.depth}"
+    inner = Function(name, [("number", IndexType()), ("x", x.type), ("scale", scale.type)])
+    numbers = Range(g.draw(st.integers(0, 2)), g.draw(st.integers(2, 3)))
+    prefix = f"loop.{len(g.weights)}"
+    for n in numbers:
+        g.weights[f"{prefix}.{n}.w"] = g.data(f32, 3, 3)
+    g.module.add(inner)
+    body = Graph(g.draw, g.module, inner, g.lengths)
+    _, held, factor = inner.args
+    turned = body.op("linear", held, inner.param("w", TensorType(f32, (3, 3))))
+    inner.ret(body.op("add", body.op("mul", turned, factor), held))
+    attrs = {"callee": name, "carry": 1, "scope": f"{prefix}.*"}
+    return g.op(kind, x, scale, **attrs, **{"layers" if kind == "call" else "experts": numbers})
+
+
+@st.composite
+def cases(draw: Draw, ops: tuple[str, ...] = (), most: int = 6) -> Case:
+    """A module of a few ops, ``ops`` among them, that runs on its inputs and returns every tensor."""
+    module = Module("tests", draw(of(["", "cpu", "sm_90a"])), draw(of([{}, {"N": 8}, {"N": 4096, "B": 3}])))
+    g = Graph(draw, module, Function("main"), draw(st.lists(st.integers(0, 3), max_size=3)))
+    g.argument(TensorType(f32, (N, 3)), g.data(f32, g.tokens, 3))
+    g.argument(TensorType(i32, (B,)), torch.tensor(g.lengths, dtype=torch.int32))
+    for name in (*ops, *draw(st.lists(of(sorted(DRAW)), min_size=0 if ops else 1, max_size=most - len(ops)))):
+        DRAW[name](g)
+    tensors = [v for v in g.function.values() if isinstance(v.type, TensorType)]
+    g.function.ret(*tensors)
+    module.add(g.function)
+    if draw(st.booleans()) and len(module.functions) == 1:
+        module.name = "main"  # the one-line header
+    return Case(module, g.args, g.weights)
