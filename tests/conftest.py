@@ -11,8 +11,8 @@ import torch
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
-# Small tensors only: more threads cost more than they bring.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Small tensors only: more threads cost more than they bring, and on a busy machine very much more.
+torch.set_num_threads(1)
 
 try:
     from hypothesis import HealthCheck, settings

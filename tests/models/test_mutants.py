@@ -1,7 +1,7 @@
 """The parity tests have teeth: each planted mistake moves the logits far beyond what parity allows.
 
-A mutant is a small change of the lowered IR, tried on a configuration in which the mutated feature is on. In the
-same way, each tensor of each checkpoint matters: changed, it shows.
+A mutant is a small change of the lowered IR, tried on a configuration in which the mutated feature is on. In
+the same way, each tensor of each checkpoint matters: changed, it shows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ _COMMON = {
     "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 24,
-    "moe_intermediate_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -48,6 +47,7 @@ _MLA = {
     "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
     "attention_bias": True,
     "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
     "n_routed_experts": 8,
     "n_group": 4,
     "topk_group": 2,
@@ -55,6 +55,7 @@ _MLA = {
 }
 _CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek": {
+        "moe_intermediate_size": 16,
         "n_routed_experts": 6,
         "n_shared_experts": 1,
         "num_experts_per_tok": 3,
@@ -70,6 +71,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_MLA, "routed_scaling_factor": 2.5},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 3},
     "qwen2_moe": {
+        "moe_intermediate_size": 16,
         "num_experts": 6,
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
@@ -79,6 +81,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
     },
     "qwen3_moe": {
+        "moe_intermediate_size": 16,
         "num_experts": 6,
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,

@@ -117,14 +117,15 @@ _FP8 = hf.Case(
 )
 
 
+@pytest.mark.parametrize("block", [128, 32])
 @pytest.mark.parametrize("execute", [execute_interpreter, execute_package])
-def test_fp8_checkpoint(tmp_path: Path, execute: Execute) -> None:
+def test_fp8_checkpoint(tmp_path: Path, execute: Execute, block: int) -> None:
     """As transformers on the same values: ``weight_scale_inv`` multiplies, edge blocks are partial."""
     expected = None
     for seed in range(6):
         place = tmp_path / str(seed)
         hf.write(_FP8, place, seed)
-        hf.quantise(place, place / "fp8", place / "plain")
+        hf.quantise(place, place / "fp8", place / "plain", block)
         expected = hf.run(hf.load(place / "plain"), place / "fp8", _FP8.prompts, _FP8.new_tokens)
         if expected is not None:
             break
