@@ -1,16 +1,17 @@
-"""IR functions as Python: ``model.py`` with one short function an IR function, ``kernels/`` with what they call.
+"""IR functions as Python: one short function each in ``model.py``, and in ``kernels/`` what they call.
 
-State values become the Python object that was passed in: a kernel that is ``in_place`` changes it, so its successor
-in the IR is the same name in Python and functions don't return it.
+State values become the Python object that was passed in: a kernel that is ``in_place`` changes it, so its
+successor in the IR is the same name in Python and functions don't return it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import Any
 
 from moec.codegen.kernels import Inline, Templated, select
-from moec.codegen.render import Names, identifier, render_python
+from moec.codegen.render import Names, identifier, prose, quote, quote_format, render_python
 from moec.ir.graph import ENTRIES, Function, Module
 from moec.ir.op import Op, Param, Value
 from moec.ir.ops.control import Loop
@@ -19,6 +20,8 @@ from moec.ir.types import STATE_TYPES
 from moec.ir.weights import WEIGHTS
 
 WIDTH = 110
+# What generated functions use beside their own names.
+PYTHON = {"params", "take", "bind", "torch", "F", "range"}
 
 
 @dataclass
@@ -35,10 +38,10 @@ class PythonFunction:
 class Kernels:
     """The kernel functions of one package, each rendered once and shared by equal ops."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, functions: set[str]) -> None:
         self.target = target
         self.files: dict[str, list[str]] = {}
-        self._names = Names()
+        self._names = Names(functions)
         self._by_constants: dict[str, str] = {}
 
     def function(self, op: Op, record: Templated) -> str:
@@ -58,12 +61,17 @@ class Kernels:
 
 
 class FunctionEmitter:
-    """Writes one IR function; its parameters are the mapping ``params``, or what ``take`` reads at load time."""
+    """Writes one IR function; its parameters are the mapping ``params``, or what ``take`` reads at load time.
 
-    def __init__(self, function: Function, module: Module, kernels: Kernels, reserved: set[str]) -> None:
-        self.function, self.module, self.kernels = function, module, kernels
+    ``functions`` are the Python names of the module's functions; no value may hide these or a kernel.
+    """
+
+    def __init__(
+        self, function: Function, module: Module, kernels: Kernels, functions: dict[str, str]
+    ) -> None:
+        self.function, self.module, self.kernels, self.functions = function, module, kernels, functions
         self.load_time = function.name.split(".")[0] == WEIGHTS
-        self.names = Names(reserved | {"params", "take", "bind", "torch", "F"})
+        self.names = Names(PYTHON | {*functions.values(), *kernels.names})
         self.used: set[str] = set()  # kernels called
         self.lines: list[str] = []
 
@@ -72,89 +80,94 @@ class FunctionEmitter:
         args += ["take", "bind"] if self.load_time else ["params"]
         for op in self.function.ops:
             self._op(op)
-        returns = [self._text(v) for v in self.function.outputs if not isinstance(v.type, STATE_TYPES)]
-        name = identifier(self.function.name.removeprefix(f"{WEIGHTS}."))
-        return PythonFunction(name, args, describe(self.function, self.module), self.lines, returns)
+        returns = [str(self._text(v)) for v in self.function.outputs if not isinstance(v.type, STATE_TYPES)]
+        doc = describe(self.function, self.module, args[: len(self.function.args)])
+        return PythonFunction(self.functions[self.function.name], args, doc, self.lines, returns)
 
     def _text(self, value: Value | None, op: Op | None = None) -> str | None:
         if value is None:
             return None
         if not isinstance(value, Param):
             return self.names[value]
-        if not self.load_time:
-            return f'params["{value.name}"]'
         if isinstance(op, Stack):
             experts = op.attrs["experts"]
-            name = value.name.replace("*", "{e}")
-            return f'[take(f"{name}") for e in range({experts.first}, {experts.last + 1})]'
-        return f'take("{value.name}")'
+            member = self._read(quote_format(value.name, "e"))
+            return f"[{member} for e in range({experts.first}, {experts.last + 1})]"
+        return self._read(quote(value.name))
+
+    def _read(self, name: str) -> str:
+        return f"take({name})" if self.load_time else f"params[{name}]"
 
     def _op(self, op: Op) -> None:
         operands = [self._text(v, op) for v in op.operands]
         if isinstance(op, Loop):
             self._loop(op, operands)
         elif isinstance(op, Bind):
-            self.lines.append(f'bind("{op.param}", {operands[0]})')
+            self.lines.append(f"bind({quote(op.param)}, {operands[0]})")
         else:
-            self._assign(op, self._expression(op, operands))
+            self._assign(op, *self._expression(op, operands))
 
-    def _expression(self, op: Op, operands: list[Any]) -> str:
+    def _expression(self, op: Op, operands: list[Any]) -> tuple[str, list[str] | None]:
+        """An expression and None, or a kernel's name and its arguments."""
         record = select(op, self.kernels.target)
         if isinstance(record, Inline):
-            return record.expression(op, operands)
+            return record.expression(op, operands), None
         while operands and operands[-1] is None:
             operands.pop()
         name = self.kernels.function(op, record)
         self.used.add(name)
         if record.in_place is not None:
             self.names.alias(op.results[0], op.operands[record.in_place])
-        return f"{name}({', '.join(str(o) for o in operands)})"
+        return name, [str(o) for o in operands]
 
-    def _assign(self, op: Op, expression: str) -> None:
+    def _assign(self, op: Op, expression: str, args: list[str] | None) -> None:
         fresh = [r for r in op.results if r not in self.names]
         left = ", ".join(self.names.add(r, r.name) for r in fresh)
-        code = f"{left} = {expression}" if fresh else expression
+        head = f"{left} = {expression}" if fresh else expression
+        code = [head] if args is None else wrap_call(head, args)
         note = ", ".join(str(r.type) for r in fresh)
         if op.loc is not None and op.loc.line:
             note += f"{'  ' if note else ''}src[{op.loc.short}]"
-        self._line(code, note)
+        self._line(code, prose(note))
 
-    def _line(self, code: str, note: str) -> None:
-        if not note:
-            self.lines.append(code)
-        elif len(code) + len(note) + 8 <= WIDTH:
-            self.lines.append(f"{code}  # {note}")
+    def _line(self, code: list[str], note: str) -> None:
+        """A statement with a comment behind it, or before it where there is no room."""
+        if note and len(code) == 1 and len(code[0]) + len(note) + 8 <= WIDTH:
+            self.lines.append(f"{code[0]}  # {note}")
         else:
-            self.lines += [f"# {note}", code]
+            self.lines += [*(f"# {part}" for part in wrap(note, WIDTH - 6)), *code]
 
     def _loop(self, op: Loop, operands: list[Any]) -> None:
         """The body once for each number; carried tensors are assigned anew, state is changed in place."""
-        number = identifier(self.module[op.callee].args[0].name)
-        results = []
-        for before, after in zip(op.values[: op.carry], op.results, strict=True):
+        number = self._number(op)
+        left = []
+        operands = list(operands)
+        for i, (before, after) in enumerate(zip(op.values[: op.carry], op.results, strict=True)):
             if isinstance(before.type, STATE_TYPES):
                 self.names.alias(after, before)
-            else:
-                results.append((before, after))
-        starts = [self.names[b] for b, _ in results]
-        left = [self._successor(op, before, after) for before, after in results]
-        body_operands = list(operands)
-        for name, (before, _) in zip(left, results):
-            body_operands[op.values.index(before)] = name
-        scope = f'f"{op.scope.replace("*", "{" + number + "}")}."'
-        function = identifier(op.callee.removeprefix(f"{WEIGHTS}."))
-        for name, start in zip(left, starts, strict=True):
-            if name != start:
-                self.lines.append(f"{name} = {start}")
+                continue
+            name = self._successor(op, before, after)
+            if name != operands[i]:
+                self.lines.append(f"{name} = {operands[i]}")
+            operands[i] = name
+            left.append(name)
         self.lines.append(f"for {number} in range({op.range.first}, {op.range.last + 1}):")
-        args = [number, *body_operands]
-        args += [f"take.at({scope})", f"bind.at({scope})"] if self.load_time else [f"params.at({scope})"]
+        within = f".at({quote_format(f'{op.scope}.', number)})" if op.scope else ""
+        args = [number, *operands]
+        args += [f"take{within}", f"bind{within}"] if self.load_time else [f"params{within}"]
         assigned = f"{', '.join(left)} = " if left else ""
-        self.lines += wrap_call(f"    {assigned}{function}", args)
+        self.lines += wrap_call(f"    {assigned}{self.functions[op.callee]}", args)
+
+    def _number(self, op: Loop) -> str:
+        """The loop's variable. All loops of one kind share it: none needs it after its end."""
+        key = op.range_name
+        return (
+            self.names[key] if key in self.names else self.names.add(key, self.module[op.callee].args[0].name)
+        )
 
     def _successor(self, op: Op, before: Value, after: Value) -> str:
         """The name of a carried value: its old one, unless something else still needs the old value."""
-        if [user for user, _ in self.function.uses(before)] == [op]:
+        if not isinstance(before, Param) and [user for user, _ in self.function.uses(before)] == [op]:
             self.names.alias(after, before)
             return self.names[after]
         return self.names.add(after, after.name)
@@ -174,29 +187,37 @@ def wrap_call(head: str, args: list[str]) -> list[str]:
     return [f"{head}(", *lines, f"{indent})"]
 
 
-def describe(function: Function, module: Module) -> list[str]:
-    """The docstring's lines: what runs the function, or what a caller passes and gets."""
+def describe(function: Function, module: Module, names: list[str]) -> list[str]:
+    """The docstring's lines: what runs the function, or what a caller passes (as ``names``) and gets."""
     if function.name == WEIGHTS:
         return ["Binds every parameter that isn't a checkpoint's tensor as it stands."]
     out = ", ".join(str(v.type) for v in function.outputs if not isinstance(v.type, STATE_TYPES))
     if function.name in ENTRIES:
-        width = max((len(identifier(a.name)) for a in function.args), default=0)
-        given = [f"{identifier(a.name):<{width}}  {a.type}" for a in function.args]
-        return [f"Returns {out}.", "", *given, ""]
+        width = max((len(name) for name in names), default=0)
+        given = [
+            f"{name:<{width}}  {prose(str(a.type))}" for name, a in zip(names, function.args, strict=True)
+        ]
+        return [f"Returns {prose(out)}.", "", *given]
     runs = [f"{op.range_name} {op.range}" for _, op in module.callers(function.name) if isinstance(op, Loop)]
-    return [f"Runs for {', '.join(runs)}." + (f" Returns {out}." if out else "")]
+    return [f"Runs for {', '.join(runs)}." + (f" Returns {prose(out)}." if out else "")]
 
 
 def emit_python(module: Module, target: str, version: str) -> dict[str, str]:
     """The Python sources of a package, by path."""
-    model_kernels, load_kernels = Kernels(target), Kernels("cpu")
     compute = [f for f in module if f.name.split(".")[0] != WEIGHTS]
     loading = [f for f in module if f.name.split(".")[0] == WEIGHTS]
+    compute_names, load_names = function_names(compute), function_names(loading)
+    model_kernels, load_kernels = (
+        Kernels(target, set(compute_names.values())),
+        Kernels("cpu", set(load_names.values())),
+    )
     sources = {
-        "__init__.py": f'"""{module.name} for {target}, generated by moec {version}: see model.py."""\n',
-        "model.py": _module_source("python/model.py.jinja", module, compute, model_kernels, target, version),
+        "__init__.py": f'"""{prose(module.name)} for {target}, by moec {version}: see model.py."""\n',
+        "model.py": _module_source(
+            "python/model.py.jinja", module, compute, compute_names, model_kernels, target, version
+        ),
         "weights.py": _module_source(
-            "python/weights.py.jinja", module, loading, load_kernels, target, version
+            "python/weights.py.jinja", module, loading, load_names, load_kernels, target, version
         ),
         "kernels/__init__.py": render_python(
             "python/kernels_init.py.jinja",
@@ -216,22 +237,30 @@ def _defines(parts: list[str], name: str) -> bool:
 
 
 def _module_source(
-    template: str, module: Module, functions: list[Function], kernels: Kernels, target: str, version: str
+    template: str,
+    module: Module,
+    functions: list[Function],
+    names: dict[str, str],
+    kernels: Kernels,
+    target: str,
+    version: str,
 ) -> str:
-    reserved = {identifier(f.name.removeprefix(f"{WEIGHTS}.")) for f in functions}
     # Callees first, so that the file reads from the parts to the whole.
     order = sorted(functions, key=lambda f: f.name in ENTRIES)
     inner_first = [f for f in order if f.name not in ENTRIES][::-1] + [f for f in order if f.name in ENTRIES]
-    emitters = [
-        FunctionEmitter(f, module, kernels, reserved | set(module_kernel_names(functions)))
-        for f in inner_first
-    ]
+    for function in inner_first:  # all kernels get their names before any value does
+        for op in function.ops:
+            if not isinstance(op, Loop | Bind) and isinstance(
+                record := select(op, kernels.target), Templated
+            ):
+                kernels.function(op, record)
+    emitters = [FunctionEmitter(f, module, kernels, names) for f in inner_first]
     emitted = [e.emit() for e in emitters]
     used = sorted(set().union(*(e.used for e in emitters)) if emitters else [])
     parts = [part for file in kernels.files.values() for part in file]
     return render_python(
         template,
-        name=module.name,
+        name=prose(module.name),
         target=target,
         version=version,
         functions=emitted,
@@ -240,6 +269,8 @@ def _module_source(
     )
 
 
-def module_kernel_names(functions: list[Function]) -> set[str]:
-    """Names that kernels may take in the module: no value may hide them."""
-    return {identifier(op.name) for f in functions for op in f.ops}
+def function_names(functions: list[Function]) -> dict[str, str]:
+    """Each IR function's name in Python; what callers call keeps its own."""
+    names = Names(PYTHON)
+    entries_first = sorted(functions, key=lambda f: f.name not in ENTRIES)
+    return {f.name: names.add(f, f.name.removeprefix(f"{WEIGHTS}.")) for f in entries_first}

@@ -1,4 +1,4 @@
-"""A package's folder: sources, IR dumps, manifest; written aside and renamed, so that there is never half of one."""
+"""A package's folder: sources, IR dumps, manifest; written aside and renamed: never half of one."""
 
 from __future__ import annotations
 
@@ -28,21 +28,23 @@ FORMAT = 1
 def staging(out: Path, force: bool) -> Iterator[Path]:
     """A new folder beside ``out`` that takes its place if all goes well and vanishes otherwise.
 
-    Raises OutputExists where ``out`` exists, unless ``force`` says to replace it and it is a package or empty;
+    Raises OutputExists where ``out`` exists, unless ``force`` says to replace it and it's a package or empty;
     OutputUnwritable where it can't be written.
     """
+    out = Path(os.path.abspath(out))
     check_output(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise OutputUnwritable(f"can't write {out}: {error.strerror}") from None
+        raise OutputUnwritable(f"can't write {out}: {error.strerror or error}") from None
     try:
         aside.chmod(0o755)
         yield aside
+        check_output(out, force)  # it may have come into being meanwhile
         _swap(aside, out)
     except OSError as error:
-        raise OutputUnwritable(f"can't write {out}: {error.strerror}") from error
+        raise OutputUnwritable(f"can't write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -61,13 +63,20 @@ def check_output(out: Path, force: bool) -> None:
 
 
 def _swap(aside: Path, out: Path) -> None:
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    """Renames ``aside`` to ``out``; where that fails, what was at ``out`` is there again."""
+    if not os.path.lexists(out):
+        os.replace(aside, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    try:
         os.replace(out, old / out.name)
         os.replace(aside, out)
+    except BaseException:
+        if not os.path.lexists(out):
+            os.replace(old / out.name, out)
+        raise
+    finally:
         shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(aside, out)
 
 
 def write_package(
@@ -90,10 +99,15 @@ def write_package(
         "entries": entries(module),
         "caches": caches(module),
         **manifest_tensors(module),
-        "files": {str(f.relative_to(folder)): _digest(f) for f in sorted(folder.rglob("*")) if f.is_file()},
+        "files": {f.relative_to(folder).as_posix(): _digest(f) for f in _hashed(folder)},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
+
+
+def _hashed(folder: Path) -> list[Path]:
+    """All files but the event log, which holds times: equal builds give equal manifests."""
+    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "events.jsonl")
 
 
 def _digest(file: Path) -> str:

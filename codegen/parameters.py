@@ -1,4 +1,4 @@
-"""The tensors that a module takes and makes, as the manifest lists them: name patterns with the ranges of their ``*``."""
+"""The tensors that a module takes and makes, for the manifest: patterns with the ranges of their ``*``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from moec.ir.attrs import Range
 from moec.ir.graph import ENTRIES, Function, Module
-from moec.ir.op import Param
+from moec.ir.op import Value
 from moec.ir.ops.control import Loop
 from moec.ir.ops.weights import Bind, Stack
 from moec.ir.types import TensorType
-from moec.ir.weights import WEIGHTS
+from moec.ir.weights import WEIGHTS, weights_name
 
 Scope = tuple[str, tuple[Range, ...]]
 
@@ -19,12 +19,12 @@ Scope = tuple[str, tuple[Range, ...]]
 def manifest_tensors(module: Module) -> dict[str, list[dict[str, Any]]]:
     """``parameters``: what the kernels use; ``checkpoint``: what is read for it.
 
-    Each entry has name (``model.layers.*.mlp.gate.weight``), ranges (first and last of each ``*``), dtype, shape, and
-    kind: ``norm``, ``bias``, ``scale`` or ``matrix``, by which random weights are drawn.
+    Each entry has name (``model.layers.*.mlp.gate.weight``), ranges (first and last of each ``*``), dtype,
+    shape and kind: ``norm``, ``bias``, ``scale`` or ``matrix``, by which random weights are drawn.
     """
     used = {key: entry for name in ENTRIES if name != WEIGHTS for key, entry in _params(module, name)}
     bound = set(_bound(module))
-    loaded = {key: entry for key, entry in _params(module, WEIGHTS)}
+    loaded = dict(_params(module, WEIGHTS))
     taken = loaded | {key: entry for key, entry in used.items() if key not in bound and key not in loaded}
     return {
         "parameters": [entry | {"bound": key in bound} for key, entry in used.items()],
@@ -43,7 +43,8 @@ def _scopes(module: Module, entry: str) -> Iterator[tuple[Function, Scope]]:
         for op in function.ops:
             if isinstance(op, Loop):
                 inner_ranges = (*ranges, op.range) if "*" in op.scope else ranges
-                stack.append((module[op.callee], (f"{prefix}{op.scope}.", inner_ranges)))
+                scope = f"{prefix}{op.scope}." if op.scope else prefix
+                stack.append((module[op.callee], (scope, inner_ranges)))
 
 
 def _params(module: Module, entry: str) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -59,7 +60,7 @@ def _params(module: Module, entry: str) -> Iterator[tuple[Any, dict[str, Any]]]:
                         "ranges": [[r.first, r.last] for r in all_ranges],
                         "dtype": str(param.type.dtype),
                         "shape": list(param.type.shape),
-                        "kind": _kind(function, param),
+                        "kind": _kind(module, function, param),
                     },
                 )
 
@@ -71,12 +72,23 @@ def _bound(module: Module) -> Iterator[Any]:
                 yield (prefix + op.param, ranges)
 
 
-def _kind(function: Function, param: Param) -> str:
-    for op, number in function.uses(param):
-        if op.name == "rms_norm":
+def _kind(module: Module, function: Function, value: Value) -> str:
+    """By its use, followed through what only moves elements: passes must not change what a seed draws."""
+    for op, number in function.uses(value):
+        if op.name == "rms_norm" and number == 1:
             return "norm"
         if op.name in ("linear", "route") and op.operand_specs[number].name == "bias":
             return "bias"
         if op.name == "dequant" and number == 1:
             return "scale"
+        if op.name in ("stack", "concat", "split", "reshape", "cast"):
+            after: list[tuple[Function, Value]] = [(function, res) for res in op.results]
+        elif isinstance(op, Bind):
+            bodies = [f for f in module if weights_name(f.name) == function.name and f is not function]
+            after = [(f, f.params[op.param]) for f in bodies if op.param in f.params]
+        else:
+            continue
+        for kind in (_kind(module, f, v) for f, v in after):
+            if kind != "matrix":
+                return kind
     return "matrix"

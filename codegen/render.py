@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import keyword
+import math
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -26,7 +27,37 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_number,
     )
+
+
+def _number(value: Any) -> Any:
+    """What a template writes; infinity has no literal in Python."""
+    return number(value) if isinstance(value, float) else value
+
+
+def number(value: float) -> str:
+    """A float as Python source."""
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
+
+
+def quote(text: str) -> str:
+    """``text`` as a Python string literal in double quotes, whatever it holds."""
+    return '"' + text.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
+
+
+def quote_format(text: str, star: str) -> str:
+    """``text`` as a literal whose ``*``, if it has one, is the value of the variable ``star``."""
+    if "*" not in text:
+        return quote(text)
+    before, after = (quote(part.replace("{", "{{").replace("}", "}}"))[1:-1] for part in text.split("*", 1))
+    return f'f"{before}{{{star}}}{after}"'
+
+
+def prose(text: str) -> str:
+    """``text`` on one line that can stand in a comment or between triple quotes."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return printable.replace("\\", "/").replace('"' * 3, "'" * 3)
 
 
 def render_python(template: str, **values: Any) -> str:

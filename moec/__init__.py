@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from moec.errors import MoecError as MoecError
     from moec.runtime import Batch as Batch
     from moec.runtime import KVCache as KVCache
+    from moec.runtime import LanguageModel as LanguageModel
+    from moec.runtime import LayerModel as LayerModel
     from moec.runtime import load as load
 
 # Loaded at first use: `import moec` alone costs no torch, no compiler.
@@ -28,9 +30,22 @@ _FACE = {
     "MoecError": "moec.errors",
     "Batch": "moec.runtime",
     "KVCache": "moec.runtime",
+    "LanguageModel": "moec.runtime",
+    "LayerModel": "moec.runtime",
     "load": "moec.runtime",
 }
-__all__ = ["Batch", "BuildOptions", "Built", "KVCache", "MoecError", "__version__", "build", "load"]
+__all__ = [
+    "Batch",
+    "BuildOptions",
+    "Built",
+    "KVCache",
+    "LanguageModel",
+    "LayerModel",
+    "MoecError",
+    "__version__",
+    "build",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """A package against the reference interpreter, on the same tokens and the same weights.
 
-The interpreter runs the package's naive IR (``ir/000_naive.moec``, before any pass) op by op; the package runs what was
-generated from the optimised IR. Both prefill ragged prompts and then decode through the paged cache.
+The interpreter runs the package's naive IR (``ir/000_naive.moec``, before any pass) op by op; the package
+runs what was generated from the optimised IR. Both prefill ragged prompts, go on with several tokens of one
+and one of the others in one batch, and then decode through the paged cache.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from moec.runtime.batch import Batch, next_batch
 from moec.runtime.cache import CachedSequence
 from moec.runtime.checkpoint import Checkpoint, open_checkpoint
 
-# Largest error that counts as equal, by the model's dtype. In fp32 the two differ by the order of sums alone. In 16 bits
-# a rounding may flip a choice of experts, which changes that token and those that attend to it: judge the median token.
+# Largest error that counts as equal, by the model's dtype. In fp32 the two differ by the order of sums alone.
+# In 16 bits a rounding may flip a choice of experts, which changes that token and those that attend to it:
+# judge the median token.
 TOLERANCE = {"f32": 1e-4, "bf16": 4e-2, "f16": 1e-2}
+CHUNK = 5  # tokens that the mixed batch adds to the first prompt's next one
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Every value within the tolerance and, in fp32, every greedy token the same."""
-        return all(r.ok for r in self.rows) and (self.judged == "median" or self.same_tokens == self.tokens)
+        """Something was compared, each value is within the tolerance and, in fp32, each token the same."""
+        tokens = self.judged == "median" or self.same_tokens == self.tokens
+        return bool(self.rows) and all(r.ok for r in self.rows) and tokens
 
 
 class _Tensors(Mapping[str, torch.Tensor]):
@@ -76,7 +80,7 @@ def verify_package(
     package: Path,
     weights: Any,
     *,
-    tokens: int = 24,
+    tokens: int | None = None,
     decode: int = 4,
     seed: int = 0,
     prompts: Iterable[list[int]] | None = None,
@@ -85,9 +89,13 @@ def verify_package(
 ) -> Verdict:
     """Compares the package with the interpreter of its naive IR.
 
-    Random prompts of ``tokens`` tokens, a third of that, and one token (or ``prompts``), then ``decode`` greedy steps.
-    Raises the errors of ``moec.load``.
+    Random prompts of ``tokens`` tokens (by default a page of the cache and a few more), a third of that, and
+    one token (or ``prompts``); a mixed batch; then ``decode`` greedy steps. Raises BadOption and the errors
+    of ``moec.load``.
     """
+    for name, value, least in (("tokens", tokens, 1), ("decode", decode, 0), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise BadOption(f"{name} is {value}; it must be at least {least}")
     model = runtime.load(package, weights)
     module = read_module(package / "ir" / "000_naive.moec")
     tensors = _Tensors(open_checkpoint(weights, model.manifest["checkpoint"]))
@@ -96,23 +104,39 @@ def verify_package(
     judged = "worst" if dtype == "f32" else "median"
     compare = _Comparison(limit, judged)
     if isinstance(model, runtime.LayerModel):
-        _verify_layer(model, module, tensors, tokens, seed, compare)
+        _verify_layer(model, module, tensors, tokens or 24, seed, compare)
         return compare.verdict()
     generator = torch.Generator().manual_seed(seed)
+    page = model.cache_specs[0].page if model.cache_specs else 1
+    after = decode + 1 + CHUNK  # tokens of the longest prompt's sequence beyond the prompt
     if prompts is None:
+        tokens = tokens or max(1, min(page + 8, model.max_positions - after))
         lengths = (tokens, max(1, tokens // 3), 1)
         prompts = [torch.randint(model.vocab, (n,), generator=generator).tolist() for n in lengths]
     new = [list(p) for p in prompts]
-    pair = _Pair(model, module, tensors, len(new), sum(map(len, new)) + (decode + 64) * len(new))
-    for number in range(decode + 1):
-        say(f"prefill of {sum(map(len, new))} tokens" if number == 0 else f"decode step {number} of {decode}")
-        new = pair.step("prefill" if number == 0 else f"decode {number}", new, compare)
+    longest, room = max(map(len, new)), model.max_positions
+    if longest + after > room:
+        raise BadOption(
+            f"a prompt of {longest} tokens and {after} more don't fit the model's {room} positions"
+        )
+    pair = _Pair(model, module, tensors, len(new), sum(map(len, new)) + (after + page) * len(new))
+    say(f"prefill of {sum(map(len, new))} tokens")
+    new = pair.step("prefill", new, compare)
+    say("a mixed batch")
+    new[0] += torch.randint(model.vocab, (CHUNK,), generator=generator).tolist()
+    new = pair.step("mixed", new, compare)
+    for number in range(1, decode + 1):
+        say(f"decode step {number} of {decode}")
+        new = pair.step(f"decode {number}", new, compare)
     return compare.verdict()
 
 
 def _verify_layer(
     model: runtime.LayerModel, module: Module, tensors: _Tensors, rows: int, seed: int, compare: _Comparison
 ) -> None:
+    others = [a.text for a in module["forward"].args[1:]]
+    if others:
+        raise BadOption(f"@forward takes {', '.join(others)} too; only layers of one tensor can be verified")
     want = module["forward"].args[0].type
     if not isinstance(want, TensorType):
         raise NotAPackage(f"@forward takes {want}, not a tensor")
@@ -148,7 +172,7 @@ class _Comparison:
 
 
 def token_errors(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
-    """[rows]: each row's largest difference over the largest magnitude of all; infinite where only one is NaN."""
+    """[rows]: each row's largest difference over the largest magnitude of all; infinite where one is NaN."""
     a, b = expected.double().flatten(1), got.double().flatten(1)
     if a.shape != b.shape:
         return torch.full((max(a.shape[0], 1),), torch.inf)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -40,6 +42,16 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, help) for name, (_, help) in COMMANDS.items()])
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # before click makes an error of it
+            raise _ReaderGone from None
+
+
+class _ReaderGone(Exception):
+    """Whoever read the output has seen enough, as in `moec show x | head`."""
+
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="moec")
@@ -54,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str] | None = None) -> int:
     try:
-        result: Any = moec.main(args=argv, prog_name="moec", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            result: Any = moec.main(args=argv, prog_name="moec", standalone_mode=False)
     except MoecError as error:
         click.echo(error, err=True)
         return error.exit_code
@@ -64,12 +78,16 @@ def run(argv: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return 130
-    except BrokenPipeError:  # `moec show x | head`
-        sys.stderr.close()
+    except _ReaderGone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at the end
         return 0
     except Exception as error:
         return _bug(error)
     return result if isinstance(result, int) else 0
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    click.echo(f"warning: {message}", err=True)
 
 
 def _bug(error: Exception) -> int:

@@ -30,7 +30,6 @@ class BuildOptions:
     )
     layers: str | None = _option(None, "only the first N layers, or layers A-B")
     force: bool = _option(False, "replace an existing package")
-    oracle: bool = _option(False, "run the reference interpreter before and after each pass", "MOEC_ORACLE")
 
     def __post_init__(self) -> None:
         """Raises BadOption for a value out of range."""
@@ -41,7 +40,7 @@ class BuildOptions:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] | None = None, **given: Any) -> BuildOptions:
-        """``given`` where it is not None, else the environment's ``MOEC_*``, else the default. Raises BadOption."""
+        """``given`` where not None, else the environment's ``MOEC_*``, else the default. Raises BadOption."""
         environment = os.environ if environment is None else environment
         values = {key: value for key, value in given.items() if value is not None}
         for option in fields(BuildOptions):
@@ -52,7 +51,7 @@ class BuildOptions:
 
     def as_manifest(self) -> dict[str, Any]:
         """What influenced the result; where it was written did not."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("force", "oracle")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "force"}
 
 
 def _read(variable: str, text: str, default: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 from moec import __version__, codegen, models, passes
 from moec.config import BuildOptions
-from moec.errors import WeightsUnreadable
 from moec.ir import Module
 
 Progress = Callable[[str], None]
@@ -67,7 +67,7 @@ def build(
         model = model.with_layers(chosen.layers)
     if chosen.dtype is not None:
         model = model.with_dtype(chosen.dtype)
-    folder = Path(out) if out is not None else Path("build") / model.name
+    folder = Path(out) if out is not None else Path("build") / _folder_name(model.name)
 
     with codegen.staging(folder, chosen.force) as aside:
         say(f"lowering {model.name}")
@@ -80,6 +80,11 @@ def build(
             say("checking the weights")
             check_weights(weights, manifest)
     return Built(folder, manifest)
+
+
+def _folder_name(name: str) -> str:
+    """A model's name as a file's: no separators, no spaces, never hidden or the folder above."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "model"
 
 
 def pipeline_of(options: BuildOptions) -> list[passes.Pass]:
@@ -119,8 +124,5 @@ def check_weights(weights: str | os.PathLike[str], manifest: dict[str, Any]) -> 
     from moec.runtime.checkpoint import expand, open_checkpoint
     from moec.runtime.weights import check
 
-    folder = Path(weights)
-    if not folder.is_dir():
-        raise WeightsUnreadable(f"{folder} is no folder")
     wanted = {name: entry for entry in manifest["checkpoint"] for name in expand(entry)}
-    check(open_checkpoint(folder, manifest["checkpoint"]), wanted, manifest["ignored"])
+    check(open_checkpoint(Path(weights), manifest["checkpoint"]), wanted, manifest["ignored"])

@@ -37,13 +37,15 @@ from moec.ir.ops.control import Loop
 from moec.ir.types import STATE_TYPES
 from moec.ir.weights import unmirror
 from moec.passes.grouping import Grouping
-from moec.passes.loading import bind, drop_dead_bindings, emit, fresh_name, loaded
+from moec.passes.loading import bind, bound_outside, drop_dead_bindings, emit, fresh_name, loaded
 from moec.passes.manager import Pass, register
 from moec.passes.pattern import ANY, Match, P, Refusal, Rules, param
 
 
 def over_all_experts(m: Match) -> str:
     loop = m.root
+    if not loop.attrs["carry"]:
+        return "it carries no sum"
     if not isinstance(loop, Loop) or loop.range.first != 0 or len(loop.range) < 1:
         return f"the experts are {loop.attrs['experts']}: a sort by expert counts from 0"
     if "*" not in loop.scope:
@@ -76,10 +78,12 @@ def group_loop(m: Match) -> list[Value]:
 
 
 def own_weights(m: Match) -> str:
-    """Both weights serve this product only: a joint copy beside the originals would double their memory."""
+    """Both weights serve this product only: else the joint one would be a copy beside the originals."""
     for name in ("gate", "up"):
         if m.uses(m[name]) > 1:
             return f"{m[name].text} is used elsewhere too"
+        if why := bound_outside(m.module, m.function.name, m[name].name):
+            return why
     return ""
 
 

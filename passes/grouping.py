@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Union
 
-from moec.ir import Function, Op, TensorType, Value
+from moec.ir import Function, Op, Value
 from moec.ir.op import OpResult, Param
 from moec.ir.ops.control import Loop
 from moec.ir.ops.moe import Route
@@ -41,8 +41,9 @@ class Weight:
 
 @dataclass(frozen=True)
 class Carried:
-    """The sum so far; ``start`` is what it is before the first expert."""
+    """The sum so far, in the body ``arg``; ``start`` is what it is before the first expert."""
 
+    arg: Value
     start: Value
 
 
@@ -74,8 +75,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Total:
-    """The sum over all experts."""
+    """The sum over all experts of what is added to ``arg``."""
 
+    arg: Value
     value: Value
 
 
@@ -102,18 +104,20 @@ class Grouping:
         self.slots: dict[tuple[Value, str], Slots] = {}  # of these ids, counted by this symbol
         self._kinds: dict[Value, Kind] = {}
         kinds: list[Kind] = [Number()]
-        kinds += [Carried(v) for v in loop.values[: loop.carry]]
+        kinds += [Carried(a, v) for a, v in zip(body.args[1:], loop.values[: loop.carry], strict=False)]
         kinds += [Same(v) for v in loop.values[loop.carry :]]
         self._kinds.update(zip(body.args, kinds, strict=True))
 
     def total(self, number: int) -> Value:
         """What the ``number``-th carried value is after the last expert. Raises Refusal."""
-        out = self.body.outputs[number]
+        out, arg = self.body.outputs[number], self.body.args[1 + number]
         kind = self.kind(out)
-        if isinstance(kind, Carried) and out is self.body.args[1 + number]:
-            return kind.start
+        if out is arg:
+            return self.loop.values[number]
         if not isinstance(kind, Total):
             raise Refusal(f"returns {out.text}, {WHAT[type(kind)]}, and no sum over experts")
+        if kind.arg is not arg:
+            raise Refusal(f"returns {out.text}, the sum that starts at {kind.arg.text}, as {arg.text}")
         return kind.value
 
     def kind(self, value: Value) -> Kind:
@@ -147,7 +151,7 @@ class Grouping:
         """All experts' parameter, called ``name`` in the loop's scope; ``finish`` says how it's loaded."""
         if param not in self.weights:
             holder = self.m.function
-            if why := loading.why_unstackable(self.m.module, holder, self.loop, param):
+            if why := loading.why_unstackable(self.m.module, self.loop, param):
                 raise Refusal(why, op)
             scope = self.loop.scope.replace("*", "").replace("..", ".").strip(".")
             base = ".".join(filter(None, (scope, name)))
@@ -209,14 +213,10 @@ def gather_rows(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:
         refuse(op, 0, x, WHAT[Same])
     if not isinstance(slots, Slots):
         refuse(op, 1, slots, WHAT[Slots])
-    _same_k(op, slots)
-    (rows,) = g.create(op, [x.value, slots.slot])
-    return [Rows(rows, slots, zero=False)]
-
-
-def _same_k(op: Op, slots: Slots) -> None:
     if op.attrs["per_row"] != slots.k:
         raise Refusal(f"per_row is {op.attrs['per_row']}, but a token chooses {slots.k} experts", op)
+    (rows,) = g.create(op, [x.value, slots.slot])
+    return [Rows(rows, slots, zero=False)]
 
 
 def linear(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:
@@ -244,29 +244,23 @@ def linear(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:
 def scatter_add(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:
     """scatter_add(sum, rows, slots, w) -> combine(rows, slots, w), plus where the sum starts, if not at 0."""
     total, rows, slots, w = kinds
-    acc = op.operands[0]
-    if acc is None or not isinstance(total, Carried):
+    if not isinstance(total, Carried):
         refuse(op, 0, total, WHAT[Carried])
-    if len(g.body.uses(acc)) > 1:
-        raise Refusal(f"{acc.text}, the running sum, is used elsewhere too", op)
     if not isinstance(rows, Rows):
         refuse(op, 1, rows, WHAT[Rows])
     if slots != rows.slots:
         refuse(op, 2, slots, "those that the rows were gathered by")
     if not isinstance(w, Same):
         refuse(op, 3, w, WHAT[Same])
-    _same_k(op, rows.slots)
     if op.tensor(w.value, 2).shape[1] != rows.slots.k:
-        raise Refusal(f"scatter_add: {op.operands[3]!r} hasn't {rows.slots.k} weights a token", op)
-    if (dtype := op.tensor(op.results[0]).dtype) != f32:
-        raise Refusal(f"sums in {dtype}, rounding after each expert", op)
+        raise Refusal(f"scatter_add: w is {op.operands[3]!r}, but a token chooses {rows.slots.k} experts", op)
     if not (rows.zero or rows.slots.owned):
         raise Refusal("ids may name experts outside the loop, whose rows would be added", op)
     start = total.start
     zeros = isinstance(start, OpResult) and start.op.name == "zeros_like"
     operands = [rows.value, rows.slots.slot, w.value, None if zeros else start]
     (y,) = g.create(op, operands, "combine", to=f32)
-    return [Total(y)]
+    return [Total(total.arg, y)]
 
 
 def row_by_row(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:
@@ -279,19 +273,13 @@ def row_by_row(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:
     if any(r.slots != slots for r in rows):
         raise Refusal(f"{op.name} mixes rows in the order of two lists of slots", op)
     rank = op.tensor(op.results[0]).rank
-    for kind in kinds:
-        if isinstance(kind, Same) and _leading(kind.value.type, rank) != 1:
-            raise Refusal(f"{op.name}: {kind.value.text} has an axis beside that of the rows", op)
+    if any(op.tensor(r.value).rank != rank for r in rows):
+        raise Refusal(f"{op.name} adds an axis in front of the rows", op)
     if op.attrs.get("axis", -1) % rank == 0:
         raise Refusal(f"{op.name} works along the rows", op)
     made = g.create(op, [None if k is None else k.value for k in kinds])  # type: ignore[union-attr]
     stays = ZEROS_STAY.get(op.name, lambda _op, _kinds: False)(op, kinds)
     return [Rows(r, slots, zero=stays) for r in made]
-
-
-def _leading(type: Any, rank: int) -> Any:
-    """The size of ``type`` along the first of ``rank`` broadcast axes."""
-    return type.shape[0] if isinstance(type, TensorType) and type.rank == rank else 1
 
 
 def reshape(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:

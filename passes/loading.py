@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moec.ir import Function, Module, Op, TensorType, Value
+from moec.ir.builder import stem
 from moec.ir.op import OpResult, Param, op_class
 from moec.ir.ops.control import Loop
 from moec.ir.weights import WEIGHTS, bindings, weights_name, weights_of
@@ -87,12 +88,25 @@ def family(loop: Loop, param: Param) -> str:
     return f"{loop.scope}.{param.name}"
 
 
-def why_unstackable(module: Module, holder: Function, loop: Loop, param: Param) -> str:
+def bound_outside(module: Module, function: str, name: str) -> str:
+    """Why what ``function`` sees isn't all there is to say of its parameter's loading; "" where it is.
+
+    A function around it may bind the parameter for one layer or one expert only.
+    """
+    for caller, loop in module.callers(function):
+        scope = f"{loop.attrs['scope']}." if loop.attrs["scope"] else ""
+        load, wanted = module.functions.get(weights_name(caller.name)), _regex(scope + name)
+        if load is not None and any(wanted.fullmatch(bound) for bound in bindings(load)):
+            return f"${name} is bound in @{load.name}, for some of the runs"
+        if why := bound_outside(module, caller.name, scope + name):
+            return why
+    return ""
+
+
+def why_unstackable(module: Module, loop: Loop, param: Param) -> str:
     """Why the experts' ``param`` can't be made as one stacked tensor; "" where it can."""
-    load = module.functions.get(weights_name(holder.name))
-    pattern = _regex(family(loop, param))
-    if load is not None and any(pattern.fullmatch(name) for name in bindings(load)):
-        return f"{param.text} of some experts is bound outside the loop"
+    if why := bound_outside(module, loop.callee, param.name):
+        return why
     todo = [_bound_in_body(module, loop, param)]
     while todo:
         value = todo.pop()
@@ -112,7 +126,8 @@ def stack(module: Module, holder: Function, loop: Loop, param: Param) -> Value:
 
 
 def _stack(module: Module, holder: Function, loop: Loop, value: Value) -> Value:
-    out = value.name.removesuffix(".weight").rpartition(".")[2]
+    # A value's name starts with a letter; a parameter's need not.
+    out = stem(value.name.removesuffix(".weight")).lstrip("0123456789.-*") or "w"
     if isinstance(value, Param):
         members = weights_of(module, holder.name).param(family(loop, value), value.type)
         return emit(module, holder, "stack", [members], {"experts": loop.range}, out).results[0]

@@ -65,9 +65,42 @@ class Batch:
                 f"batch.cu_seqlens has {sizes['C']} entries for {sizes['B']} sequences: one more is needed"
             )
 
+    def check(self, vocab: int, max_positions: int, pages: int, page: int) -> None:
+        """Raises BadInput where values are out of range: what a kernel would read or write elsewhere.
+
+        Tokens beyond ``cu_seqlens[-1]`` belong to no sequence; their slot is -1.
+        """
+        tokens = len(self.ids)
+        _within("ids", self.ids, 0, vocab, f"token id {{}} is outside the vocabulary of {vocab}")
+        _within("positions", self.positions, 0, max_positions)
+        _within("slot_mapping", self.slot_mapping, -1, pages * page)
+        counts = self.cu_seqlens.diff()
+        _within("cu_seqlens", self.cu_seqlens, 0, tokens + 1)
+        if int(self.cu_seqlens[0]) != 0 or bool((counts < 0).any()):
+            raise BadInput("batch.cu_seqlens must start at 0 and never fall")
+        if bool((self.slot_mapping[int(self.cu_seqlens[-1]) :] >= 0).any()):
+            raise BadInput("batch.slot_mapping gives a slot to a token that no sequence owns")
+        _within("seq_lens", self.seq_lens, 0, self.block_table.shape[1] * page + 1)
+        if bool((self.seq_lens < counts).any()):
+            raise BadInput(
+                "batch.seq_lens must count the new tokens too: one is less than those of cu_seqlens"
+            )
+        used = torch.arange(self.block_table.shape[1]) * page < self.seq_lens[:, None]
+        _within("block_table", self.block_table[used], 0, pages)
+
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In the order in which ``@step`` takes them."""
         return tuple(getattr(self, f.name) for f in fields(self))
+
+
+def _within(field: str, values: torch.Tensor, least: int, end: int, message: str = "") -> None:
+    """Raises BadInput unless all values are in [least, end)."""
+    if not values.numel():
+        return
+    low, high = (int(v) for v in values.aminmax())
+    if low < least or high >= end:
+        bad = low if low < least else high
+        raise BadInput((message or f"batch.{field} holds {{}}, not in {least}..{end - 1}").format(bad))
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -75,13 +108,17 @@ def describe(tensor: torch.Tensor) -> str:
 
 
 def next_batch(sequences: Sequence[CachedSequence], new: Sequence[Sequence[int]]) -> Batch:
-    """Appends ``new[b]`` to sequence b: reserves its pages and advances its length. Raises CacheFull."""
+    """Appends ``new[b]`` to sequence b: reserves its pages and advances its length.
+
+    Raises CacheFull; then no sequence is longer than before.
+    """
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     bounds = [0]
     for sequence, tokens in zip(sequences, new, strict=True):
-        sequence.reserve(len(tokens))
+        sequence.reserve(len(tokens))  # all of them before any is lengthened
+    for sequence, tokens in zip(sequences, new, strict=True):
         first = sequence.length
         sequence.length += len(tokens)
         ids += tokens

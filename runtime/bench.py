@@ -23,7 +23,7 @@ def bench(
     repeats: int = 5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Medians in seconds: ``prefill_s`` for batch × prefill tokens, ``decode_s`` for one step of ``batch`` tokens.
+    """Medians in seconds: ``prefill_s`` for batch × prefill tokens, ``decode_s`` for a step of ``batch``.
 
     Random tokens; one run that isn't counted comes first. Raises BadInput where it doesn't fit the model.
     """

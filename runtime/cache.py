@@ -14,7 +14,7 @@ from moec.runtime.dtypes import DTYPES
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What one token keeps in each of ``layers``: ``entry`` elements of ``dtype``; ``page`` tokens to a page."""
+    """What one token keeps in each of ``layers``: ``entry`` elements of ``dtype``, ``page`` tokens a page."""
 
     name: str
     dtype: str
@@ -39,8 +39,8 @@ class CacheSpec:
 class KVCache:
     """Pages for ``pages`` × page tokens in every layer, and who owns them.
 
-    ``tensors[name][layer]`` is [pages + 1, page, *entry]: the page at the end is spare, where padded tokens (slot -1)
-    write and nobody reads.
+    ``tensors[name][layer]`` is [pages + 1, page, *entry]: the page at the end is spare, where padded tokens
+    (slot -1) write and nobody reads.
     """
 
     def __init__(self, specs: Sequence[CacheSpec], pages: int, device: str = "cpu") -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moec.errors import BadInput, PickleRefused, WeightsUnreadable
-from moec.runtime.dtypes import DTYPES
+from moec.runtime.dtypes import DTYPES, SAFETENSORS
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -30,6 +30,7 @@ class Checkpoint(Protocol):
 
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype | str: ...
     def tensor(self, name: str) -> torch.Tensor: ...
     def where(self, name: str) -> str: ...
 
@@ -63,7 +64,8 @@ class Folder:
         pickled = sorted(p.name for pattern in PICKLES for p in self.folder.glob(pattern))
         if pickled:
             raise PickleRefused(
-                f"{self.folder} holds pickled weights only ({', '.join(pickled[:3])}): reading them would run code",
+                f"{self.folder} holds pickled weights only ({', '.join(pickled[:3])}): "
+                "reading them would run code",
                 notes=["convert them to safetensors first"],
             )
         raise WeightsUnreadable(f"no *.safetensors in {self.folder}")
@@ -75,7 +77,7 @@ class Folder:
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise WeightsUnreadable(f"{index} is no index of shards") from None
         for file in files:
-            if Path(file).name != file or not (self.folder / file).is_file():
+            if not isinstance(file, str) or Path(file).name != file or not (self.folder / file).is_file():
                 raise WeightsUnreadable(f"{index} lists {file}, which isn't there")
         return files
 
@@ -94,6 +96,11 @@ class Folder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """From the file's header; the header's word where PyTorch has no such dtype."""
+        found: str = self._open(self._file_of[name]).get_slice(name).get_dtype()
+        return SAFETENSORS.get(found, found)
 
     def tensor(self, name: str) -> torch.Tensor:
         try:
@@ -121,6 +128,9 @@ class InMemory:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype | str:
+        return self._tensors[name].dtype
+
     def tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].detach()
 
@@ -144,9 +154,13 @@ class Random:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entries[name]["shape"])
 
+    def dtype(self, name: str) -> torch.dtype | str:
+        return DTYPES[self._entries[name]["dtype"]]
+
     def tensor(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (self._seed << 32))
+        # PyTorch's generator on the CPU heeds the low 32 bits of a seed only.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         normal = torch.randn(entry["shape"], generator=generator)
         if entry["kind"] == "norm":
             normal = 1 + normal * 0.1

@@ -26,7 +26,7 @@ class Prompts:
 
     @staticmethod
     def of(given: Any, vocab: int, max_positions: int, new_tokens: int) -> Prompts:
-        """Raises BadInput: no prompts, an empty one, ids outside the vocabulary, more positions than the model has."""
+        """Raises BadInput: no prompts, an empty one, ids outside the vocabulary, too many positions."""
         rectangular = isinstance(given, torch.Tensor)
         if isinstance(given, torch.Tensor):
             if given.dim() != 2 or given.dtype not in (torch.int64, torch.int32):
@@ -83,8 +83,6 @@ class Generation:
         eos: int | Sequence[int] | None,
         cache: KVCache,
     ) -> None:
-        if max_new_tokens < 0:
-            raise BadInput(f"max_new_tokens is {max_new_tokens}")
         self.model, self.prompts, self.sampling = model, prompts, sampling
         self.max_new_tokens = max_new_tokens
         self.eos = {eos} if isinstance(eos, int) else set(eos or ())

@@ -12,6 +12,7 @@ from moec.errors import BadInput, DeviceUnavailable, NotAPackage
 from moec.runtime.batch import Batch, describe, next_batch
 from moec.runtime.cache import CachedSequence, CacheSpec, KVCache
 from moec.runtime.checkpoint import open_checkpoint
+from moec.runtime.dtypes import DTYPES
 from moec.runtime.generate import Generation, Prompts
 from moec.runtime.package import Package
 from moec.runtime.sampling import Sampling
@@ -28,20 +29,29 @@ class Loaded:
         self._code = package.module("model")
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name} for {self.manifest['target']}, {self.weights.nbytes:,} bytes>"
+        target, size = self.manifest["target"], self.weights.nbytes
+        return f"<{type(self).__name__} {self.name} for {target}, {size:,} bytes>"
 
 
 class LayerModel(Loaded):
     """A single compiled layer or block."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [N, hidden] in the layer's dtype -> the same. Raises BadInput for anything else."""
+    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        """x [N, hidden] in the layer's dtype -> the same. Raises BadInput for anything else.
+
+        ``others`` are what a block asks of its context: positions, cu_seqlens, ..., and its cache, a list of
+        one tensor [pages, page, *entry] a layer. The manifest's ``entries`` name them in order.
+        """
         hidden, dtype = self.manifest["hidden"], self.manifest["dtype"]
-        want = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[dtype]
-        if x.dim() != 2 or x.shape[1] != hidden or x.dtype != want:
+        names = [name for name, _ in self.manifest["entries"]["forward"]["args"]]
+        if len(others) + 1 != len(names):
+            raise BadInput(f"forward takes {', '.join(names)}; {len(others) + 1} of {len(names)} are given")
+        if not isinstance(x, torch.Tensor):
+            raise BadInput(f"x must be a tensor, not {type(x).__name__}")
+        if x.dim() != 2 or x.shape[1] != hidden or x.dtype != DTYPES[dtype]:
             raise BadInput(f"x must be {dtype} [N, {hidden}], not {describe(x)}")
         with torch.inference_mode():
-            y: torch.Tensor = self._code.forward(x, self.weights)
+            y: torch.Tensor = self._code.forward(x, *others, self.weights)
         return y
 
     __call__ = forward
@@ -63,9 +73,7 @@ class LanguageModel(Loaded):
 
     def hidden(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """One step's final hidden states [N, hidden]; the batch's entries are in the cache afterwards."""
-        if batch.ids.numel() and not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < self.vocab:
-            bad = batch.ids[(batch.ids < 0) | (batch.ids >= self.vocab)]
-            raise BadInput(f"token id {int(bad[0])} is outside the vocabulary of {self.vocab}")
+        batch.check(self.vocab, self.max_positions, cache.pages, cache.page)
         pages = [cache.tensors[spec.name] for spec in self.cache_specs]
         with torch.inference_mode():
             h: torch.Tensor = self._code.step(*batch.tensors(), *pages, self.weights)
@@ -80,8 +88,10 @@ class LanguageModel(Loaded):
     def step(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits [B, vocab] of each sequence's last token; the new tokens' entries go into ``cache``.
 
-        Raises BadInput for ids outside the vocabulary. Every sequence must have at least one new token.
+        Every sequence must have a new token. Raises BadInput, also for ids, pages or slots out of range.
         """
+        if bool((batch.cu_seqlens.diff() < 1).any()):
+            raise BadInput("a sequence of the batch has no new token, so it has no next one")
         last = batch.cu_seqlens[1:].long() - 1
         return self.head(self.hidden(batch, cache)[last])
 
@@ -113,9 +123,9 @@ class LanguageModel(Loaded):
     ) -> torch.Tensor | list[torch.Tensor]:
         """Continues prompts: greedily, or by sampling where temperature > 0.
 
-        A tensor [B, T] gives one [B, T + N], rows that ended early filled up with their end token. A list of prompts
-        of different lengths gives a list of 1-D tensors, each up to its end token. ``seed`` and a prompt's place
-        in the list decide what is drawn for it, whatever else is in the batch. Raises BadInput.
+        A tensor [B, T] gives one [B, T + N], rows that ended early filled up with their end token. A list of
+        prompts of different lengths gives a list of 1-D tensors, each up to its end token. ``seed`` and a
+        prompt's place in the list decide what is drawn for it, whatever else is there. Raises BadInput.
         """
         generation = self._generation(
             input_ids, max_new_tokens, temperature, top_k, top_p, seed, eos_token_id
@@ -135,7 +145,7 @@ class LanguageModel(Loaded):
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> Iterator[list[int | None]]:
-        """As ``generate``, token by token: each item holds the next token of each prompt, None once it has ended."""
+        """As ``generate``, token by token: an item holds each prompt's next token, None after its end."""
         return iter(
             self._generation(input_ids, max_new_tokens, temperature, top_k, top_p, seed, eos_token_id)
         )
@@ -150,6 +160,8 @@ class LanguageModel(Loaded):
         seed: int,
         eos_token_id: int | Sequence[int] | None,
     ) -> Generation:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+            raise BadInput(f"max_new_tokens is {max_new_tokens!r}; it must be a number, 0 or more")
         prompts = Prompts.of(input_ids, self.vocab, self.max_positions, max_new_tokens)
         tokens = sum(len(ids) + max_new_tokens + self._page for ids in prompts.ids)
         sampling = Sampling(temperature, top_k, top_p)
@@ -171,7 +183,7 @@ def load(
     verify    checks every file's hash before any is run; turn it off for a package that you edited
     progress  called with (parameters done, parameters in all) as they are loaded
 
-    Loading runs the package's Python code. Raises NotAPackage, PackageTampered, DeviceUnavailable, and the weight
+    Loading runs the package's Python code. Raises NotAPackage, PackageTampered, DeviceUnavailable, and the
     errors of ``load_weights``.
     """
     opened = Package(Path(package), verify)
@@ -181,8 +193,9 @@ def load(
         raise DeviceUnavailable(f"{package} was built for {target} and can't run on {device!r}")
     checkpoint = open_checkpoint(weights, opened.manifest["checkpoint"])
     loaded = load_weights(checkpoint, opened.manifest, opened.module("weights"), progress)
-    kinds = {"step": LanguageModel, "forward": LayerModel}
-    for entry, kind in kinds.items():
-        if entry in opened.manifest["entries"]:
-            return kind(opened, loaded, device)  # type: ignore[no-any-return]
+    entries = opened.manifest["entries"]
+    if "step" in entries:
+        return LanguageModel(opened, loaded, device)
+    if "forward" in entries:
+        return LayerModel(opened, loaded, device)
     raise NotAPackage(f"{package} has no entry that this moec can run")

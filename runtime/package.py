@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -15,10 +16,23 @@ from moec.errors import NotAPackage, PackageTampered
 FORMAT = 1
 # Files that Python would run: none may stand in a package beside those that were built.
 _CODE = {".py", ".pyc", ".pyd", ".so"}
+_NEEDED = (
+    "files",
+    "name",
+    "target",
+    "device",
+    "dtype",
+    "entries",
+    "caches",
+    "parameters",
+    "checkpoint",
+    "ignored",
+)
+_numbers = itertools.count()
 
 
 class Package:
-    """A built package, verified. Loading one runs its Python files: treat a package as you would treat a program.
+    """A built package, verified. Loading one runs its Python files: treat it as you would treat a program.
 
     Raises NotAPackage, or PackageTampered naming the first file that is not the one that was built.
     """
@@ -26,6 +40,9 @@ class Package:
     def __init__(self, folder: Path, verify: bool = True) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
+        self._parent = (
+            f"moec_package_{next(_numbers)}"  # never used again: another build may come to the same folder
+        )
         if verify:
             self._verify()
 
@@ -39,7 +56,7 @@ class Package:
                 raise PackageTampered(
                     f"{file} isn't the file that was built: its hash is not the manifest's",
                     notes=[
-                        "a package is code that runs when it is loaded; build it again, or load(..., verify=False)"
+                        "a package is code that runs when loaded: build it again, or load(..., verify=False)"
                     ],
                 )
         for file in self.folder.rglob("*"):
@@ -48,12 +65,9 @@ class Package:
 
     def module(self, name: str) -> ModuleType:
         """The package's Python module of that name (``model``, ``weights``), imported."""
-        digest = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12]
-        stamp = self.manifest["files"]["__init__.py"][:8]
-        parent = f"moec_package_{digest}_{stamp}_{id(self):x}"
-        if parent not in sys.modules:
-            _import(parent, self.folder / "__init__.py", package=True)
-        return _import(f"{parent}.{name}", self.folder / f"{name}.py")
+        if self._parent not in sys.modules:
+            _import(self._parent, self.folder / "__init__.py", package=True)
+        return _import(f"{self._parent}.{name}", self.folder / f"{name}.py")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -72,10 +86,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise NotAPackage(
             f"{folder} has package format {found}; this moec reads format {FORMAT}: build it again"
         )
+    for key in _NEEDED:
+        if key not in manifest:
+            raise NotAPackage(f"{path} has no {key!r}: build the package again")
     return dict(manifest)
 
 
 def _import(name: str, file: Path, package: bool = False) -> ModuleType:
+    if not file.is_file():
+        raise NotAPackage(f"{file} is missing from the package")
     search = [str(file.parent)] if package else None
     spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=search)
     if spec is None or spec.loader is None:
@@ -86,6 +105,9 @@ def _import(name: str, file: Path, package: bool = False) -> ModuleType:
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     finally:
         sys.dont_write_bytecode = before
     return module

@@ -1,4 +1,4 @@
-"""Loading: the checkpoint checked against the manifest, then made into the parameters that the kernels use."""
+"""Loading: the checkpoint checked against the manifest, then made into the parameters that kernels use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moec.runtime.checkpoint import Checkpoint, expand
 from moec.runtime.dtypes import DTYPES
 
 Progress = Callable[[int, int], None]
-_EXACT = {torch.float8_e4m3fn, torch.float8_e5m2}
+_FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 class Weights(dict[str, torch.Tensor]):
@@ -48,7 +48,7 @@ class Take:
 
     def __call__(self, name: str) -> torch.Tensor:
         full = self._scope + name
-        return convert(self._checkpoint.tensor(full), self._dtypes[full], full, self._checkpoint)
+        return self._checkpoint.tensor(full).to(self._dtypes[full])
 
 
 class Bind:
@@ -97,7 +97,9 @@ def load_weights(
 
 
 def check(checkpoint: Checkpoint, wanted: dict[str, dict[str, Any]], ignored: list[list[str]]) -> None:
-    """The checkpoint holds each wanted tensor in its shape, and otherwise only what is ignored for a reason."""
+    """The checkpoint holds each wanted tensor in its shape and a dtype that can become the model's, otherwise
+    only what is ignored for a reason. Only names, shapes and dtypes are read.
+    """
     have = set(checkpoint.names())
     missing = [name for name in wanted if name not in have]
     if missing:
@@ -112,6 +114,12 @@ def check(checkpoint: Checkpoint, wanted: dict[str, dict[str, Any]], ignored: li
         if list(shape) != entry["shape"]:
             raise WeightsMisshapen(
                 f"{name} is {list(shape)} in {checkpoint.where(name)}, the model's is {entry['shape']}"
+            )
+        found, dtype = checkpoint.dtype(name), DTYPES[entry["dtype"]]
+        if not convertible(found, dtype):
+            raise WeightsMisshapen(
+                f"{name} is {str(found).removeprefix('torch.')} in {checkpoint.where(name)}, "
+                f"which can't become the model's {entry['dtype']}"
             )
 
 
@@ -131,12 +139,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def convert(tensor: torch.Tensor, dtype: torch.dtype, name: str, checkpoint: Checkpoint) -> torch.Tensor:
-    """The tensor in ``dtype``; only between float dtypes, and never into or out of fp8, whose scales would be lost."""
-    if tensor.dtype == dtype:
-        return tensor
-    if {tensor.dtype, dtype} & _EXACT or not (tensor.is_floating_point() and dtype.is_floating_point):
-        raise WeightsMisshapen(
-            f"{name} is {tensor.dtype} in {checkpoint.where(name)}, the model's is {dtype}"
-        )
-    return tensor.to(dtype)
+def convertible(found: torch.dtype | str, dtype: torch.dtype) -> bool:
+    """Only between floats, and never into or out of fp8: its scales would be lost."""
+    return found == dtype or {found, dtype} <= _FLOATS

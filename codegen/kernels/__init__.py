@@ -1,7 +1,7 @@
 """Kernel records: how each op is emitted.
 
-A record is one object in one file of this folder. ``Inline`` writes an expression into ``model.py``; ``Templated``
-renders a function of its own into ``kernels/``, its op's attributes folded in as constants.
+A record is one object in one file of this folder. ``Inline`` writes an expression into ``model.py``;
+``Templated`` renders a function of its own into ``kernels/``, its op's attributes folded in as constants.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moec.ir.op import Op
 
 @dataclass(frozen=True)
 class Inline:
-    """``expression(op, operands)`` is the Python text, ``operands`` the texts of the op's operands (None: absent)."""
+    """``expression(op, operands)`` is the Python text. An operand that is left out is None."""
 
     op: str
     expression: Callable[[Op, list[Any]], str]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from moec.codegen.kernels import Inline, register
+from moec.codegen.render import number
 from moec.errors import InternalError
 from moec.ir.op import Op
-from moec.ir.types import DType
+from moec.ir.types import DType, f32
 
 
 def torch_dtype(dtype: DType) -> str:
@@ -15,13 +16,15 @@ def torch_dtype(dtype: DType) -> str:
 
 
 def _linear(op: Op, args: list[Any]) -> str:
-    x, w, bias = args
-    wide = op.attrs["acc"]
-    if wide is not None and wide != op.x.type.dtype:  # type: ignore[attr-defined]
-        # Products of narrow values are exact in the wide dtype: nothing is rounded before the sum.
-        x, w = f"{x}.to({torch_dtype(wide)})", f"{w}.to({torch_dtype(wide)})"
-        bias = bias and f"{bias}.to({torch_dtype(wide)})"
-    return f"F.linear({x}, {w}, {bias})" if bias else f"F.linear({x}, {w})"
+    types: list[Any] = [v.type.dtype for v in op.operands if v is not None]  # type: ignore[union-attr]
+    to = op.results[0].type.dtype  # type: ignore[union-attr]
+    # Products of narrow values are exact in the widest dtype: nothing is rounded before the sum.
+    wide = types[0] if {*types, to} == {types[0]} else f32
+    given = ", ".join(
+        str(arg) if dtype == wide else f"{arg}.to({torch_dtype(wide)})"
+        for arg, dtype in zip([a for a in args if a], types, strict=True)
+    )
+    return f"F.linear({given})" + ("" if to == wide else f".to({torch_dtype(to)})")
 
 
 def _reshape(op: Op, args: list[Any]) -> str:
@@ -34,9 +37,7 @@ def _reshape(op: Op, args: list[Any]) -> str:
 
 def _split(op: Op, args: list[Any]) -> str:
     sizes, axis = list(op.attrs["sizes"]), op.attrs["axis"]
-    single = "," if len(sizes) == 1 else ""
-    text = f"{args[0]}.split({sizes}, dim={axis})"
-    return f"tuple({text})" if single else text
+    return f"{args[0]}.split({sizes}, dim={axis})" if len(sizes) > 1 else str(args[0])
 
 
 def _broadcast(op: Op, args: list[Any]) -> str:
@@ -74,7 +75,7 @@ register(
     Inline("add", _pointwise("+")),
     Inline("mul", _pointwise("*")),
     Inline("sigmoid", lambda op, args: f"{args[0]}.sigmoid()"),
-    Inline("clamp", lambda op, args: f"{args[0]}.clamp({op.attrs['lo']!r}, {op.attrs['hi']!r})"),
+    Inline("clamp", lambda op, args: f"{args[0]}.clamp({number(op.attrs['lo'])}, {number(op.attrs['hi'])})"),
     Inline("cast", lambda op, args: f"{args[0]}.to({torch_dtype(op.attrs['to'])})"),
     Inline("zeros_like", _zeros_like),
     Inline("gather_rows", lambda op, args: f"{args[0]}[{args[1]} // {op.attrs['per_row']}]"),

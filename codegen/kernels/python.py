@@ -61,13 +61,13 @@ def _cache(op: Op) -> dict[str, Any]:
 
 
 register(
-    _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"], "wide": op.operands[0].type.dtype.bits >= 32}),  # type: ignore[union-attr]
+    _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"], "wide": op.operands[0].type.dtype.bits >= 32}),
     _kernel("swiglu", _swiglu),
     _kernel("rope_table", _rope_table),
     _kernel(
         "rope",
         lambda op: dict(op.attrs) | {"rank": op.operands[0].type.rank, "dtype": op.operands[0].type.dtype},
-    ),  # type: ignore[union-attr]
+    ),
     _kernel("route", _route),
     _kernel("sort_by_expert"),
     _kernel("grouped_linear"),

@@ -4,9 +4,9 @@
     moec show build/own --function layer.scaledmoe
     moec verify build/own
 
-``ScaledMoE`` is an ordinary MoE layer behind a second norm, its output scaled channel by channel. It says what it
-computes, in plain ops. That its experts become two grouped products is the compiler's doing: passes look at the
-structure, not at a block's name.
+``ScaledMoE`` is an ordinary MoE layer behind a second norm, its output scaled channel by channel. It says
+what it computes, in plain ops. That its experts become two grouped products is the compiler's doing: passes
+look at the structure, not at a block's name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def model() -> Model:
     routed = MoE(Router(experts=10, top_k=3, renorm=True), Experts(count=10, intermediate=48))
     dense = Decoder(attn=attention, mlp=SwiGLU(intermediate=160))
     sparse = Decoder(attn=attention, mlp=ScaledMoE(routed))
-    return Model(name="own-block", vocab=256, hidden=HIDDEN, layers=[dense, sparse, sparse, dense], dtype="f32")
+    layers = [dense, sparse, sparse, dense]
+    return Model(name="own-block", vocab=256, hidden=HIDDEN, layers=layers, dtype="f32")
 
 
 # A kernel engineer's size: one layer, compiled to forward(x).

@@ -15,18 +15,20 @@ from moec.commands.run import load
 @click.option(
     "--weights", default="random:0", show_default=True, help="A folder of safetensors, or random:SEED."
 )
-@click.option("--prefill", default=512, show_default=True, help="Tokens of each prompt.")
+@click.option("--prefill", type=int, help="Tokens of each prompt. Default: 512, or what fits the model.")
 @click.option("--decode", default=32, show_default=True, help="Steps after it.")
 @click.option("--batch", default=1, show_default=True, help="Sequences at once.")
 @click.option("--repeats", default=5, show_default=True, help="Runs whose median counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
-    package: Path, weights: str, prefill: int, decode: int, batch: int, repeats: int, as_json: bool
+    package: Path, weights: str, prefill: int | None, decode: int, batch: int, repeats: int, as_json: bool
 ) -> None:
     """Time prefill and decode of PACKAGE: medians over several runs."""
     model = load(package, weights)
     from moec.runtime.bench import bench
 
+    if prefill is None:
+        prefill = max(1, min(512, model.max_positions - decode))
     with ui.bar("runs") as progress:
         found = bench(model, prefill, decode, batch, repeats, progress)
     if as_json:
@@ -41,5 +43,6 @@ def command(
         ],
         ["decode", f"{batch} × 1", f"{found['decode_s'] * 1e3:.2f}", f"{found['decode_tokens_per_s']:,.0f}"],
     ]
-    title = f"{found['model']} for {found['target']}, {found['dtype']}, {found['threads']} threads: medians of {repeats}"
+    what = f"{found['model']} for {found['target']}, {found['dtype']}, {found['threads']} threads"
+    title = f"{what}: medians of {repeats}"
     ui.table(title, ["phase", "tokens", "ms", "tokens/s"], rows, right=(1, 2, 3))

@@ -54,11 +54,11 @@ def report(built: Any, seconds: float) -> None:
     )
     for label, value in facts(manifest):
         click.echo(f"  {label:<12} {value}")
-    click.echo(f"  {'IR':<12} {', '.join(f.name for f in built.ir_files)}")
-    kernels = [f.name for f in built.sources if f.parent.name == "kernels" and f.name != "__init__.py"]
-    click.echo(
-        f"  {'sources':<12} model.py, weights.py" + (f", kernels/: {', '.join(kernels)}" if kernels else "")
-    )
+    dumps = [f.stem for f in built.ir_files]
+    between = f", {len(dumps) - 2} more" if len(dumps) > 2 else ""
+    click.echo(f"  {'IR':<12} ir/: {dumps[0]}" + (f"{between}, {dumps[-1]}" if len(dumps) > 1 else ""))
+    kernels = sum(f.parent.name == "kernels" and f.name != "__init__.py" for f in built.sources)
+    click.echo(f"  {'sources':<12} model.py, weights.py" + (f", {kernels} kernel files" if kernels else ""))
 
 
 def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -76,12 +76,8 @@ def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     found = [("parameters", f"{human(count)} ({human(size)}B)")]
     for cache in map(CacheSpec.of, manifest["caches"]):
         entry = " × ".join(map(str, cache.entry))
-        found.append(
-            (
-                "KV cache",
-                f"{entry} elements a token and layer, {cache.bytes_per_token:,} bytes a token over all layers",
-            )
-        )
+        total = f"{cache.bytes_per_token:,} bytes a token over all layers"
+        found.append(("KV cache", f"{entry} elements a token and layer, {total}"))
     return found
 
 

@@ -12,7 +12,7 @@ Rows = tuple[list[str], list[list[Any]]]
 
 
 def _summary(thing: Any) -> str:
-    return (thing.__doc__ or "").strip().splitlines()[0]
+    return (thing.__doc__ or "").strip().splitlines()[0].replace("``", "")
 
 
 def _models() -> Rows:

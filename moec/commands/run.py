@@ -59,7 +59,7 @@ class FromFile:
 
 
 def tokenizer_of(weights: str, vocab: int) -> Tokenizer:
-    """The tokenizer.json beside the weights, or bytes for a vocabulary of 256. Raises BadInput for neither."""
+    """The tokenizer.json beside the weights, else bytes for a vocabulary of 256, else BadInput."""
     file = Path(weights) / "tokenizer.json"
     if file.is_file():
         return FromFile(file)
@@ -104,7 +104,7 @@ def command(
 
 
 def load(package: Path, weights: str) -> Any:
-    """The package's language model, with a progress bar while its weights are read. Raises NotAPackage for a layer."""
+    """The package's language model, with a progress bar for its weights. Raises NotAPackage for a layer."""
     with ui.status("loading"):
         from moec import runtime
     with ui.bar("weights") as progress:

@@ -26,8 +26,12 @@ def command(
     """
     path = Path(what)
     if kernel is not None:
+        if which is not None or functions:
+            raise click.UsageError("--kernel shows a source file: --pass and --function don't go with it")
         click.echo(_kernel(path, kernel), nl=False)
         return
+    if which is not None and not (path / "manifest.json").is_file():
+        raise BadOption(f"--pass picks one of a package's dumps, and {what} is no package")
     from moec.ir import print_module, read_module
     from moec.ir.text import print_function
 

@@ -24,7 +24,7 @@ def stdout() -> Console:
 
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = 200  # a pipe has no width: don't fold tables
+        console.width = 1000  # a pipe has no width: don't fold tables
     return console
 
 
@@ -32,6 +32,9 @@ def stdout() -> Console:
 def status(first: str) -> Iterator[Callable[[str], None]]:
     """A spinner on stderr while something runs; call what it gives with the next stage's name."""
     console = stderr()
+    if not console.is_terminal:
+        yield lambda line: None
+        return
     with console.status(first) as spinner:
         yield lambda line: spinner.update(line)
 
@@ -39,10 +42,14 @@ def status(first: str) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr; call what it gives with (done, in all)."""
+    console = stderr()
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr(), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -55,12 +62,16 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    drawn = Table(
+        title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, show_edge=False
+    )
+    console = stdout()
     for number, name in enumerate(columns):
-        drawn.add_column(name, justify="right" if number in right else "left", no_wrap=number == 0)
+        whole = number == 0 or not console.is_terminal
+        drawn.add_column(name, justify="right" if number in right else "left", no_wrap=whole)
     for row in rows:
         drawn.add_row(*(Text(str(cell)) for cell in row))
-    stdout().print(drawn)
+    console.print(drawn)
 
 
 def emit_json(value: Any) -> None:

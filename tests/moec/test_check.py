@@ -1,0 +1,153 @@
+"""The verifier finds what is wrong with a package: a mistake planted in each kernel in turn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import moec
+from moec.check import token_errors, verify_package
+from moec.errors import BadOption
+
+from .conftest import Cli
+
+# Kernel, what is there, what a careless edit might make of it.
+MISTAKES = [
+    ("route", "choice = scores + bias", "choice = scores + 0"),
+    ("route", "weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)", "pass"),
+    ("route", "weights = weights * 2.5", "pass"),
+    ("route", ".topk(2, dim=-1).values.sum(-1)", ".amax(-1)"),
+    ("route", ".masked_fill(hidden[..., None], -torch.inf)", ""),
+    ("route", "scores.gather(1, ids)", "choice.gather(1, ids)"),
+    ("rope", "y[..., 0::2] = a * cos - b * sin", "y[..., 0::2] = a * cos + b * sin"),
+    ("rope", "a, b = x[..., 0::2], x[..., 1::2]", "a, b = x.chunk(2, dim=-1)"),
+    ("rope_table", "positions.to(", "(2 * positions).to("),
+    ("rope_table", "angle.cos() * 0.9634746568860826", "angle.cos()"),
+    ("rms_norm", "1e-05", "1e-01"),
+    ("swiglu", "F.silu(gate).mul_(up)", "F.silu(up).mul_(gate)"),
+    ("sort_by_expert", "return slot, ", "return slot.flip(0), "),
+    ("grouped_linear", "w[expert].t()", "w[expert - 1].t()"),
+    ("combine", "by_slot[slot] = rows", "by_slot = rows.clone()"),
+    ("combine", "torch.baddbmm(plus.unsqueeze(1), w, by_slot)", "torch.bmm(w, by_slot)"),
+    ("cache_write", "[slot_mapping.clamp(min=-1)]", "[slot_mapping.clamp(max=63)]"),
+    ("cache_read", "(length + 63) // 64", "1 + length // 64 * 0"),
+    ("cache_read", "pages[table[", "pages[table.sort(descending=True).values["),
+    ("attention", "mask = torch.ones(", "mask = 0 * torch.ones("),
+    ("attention", ".tril(keys - queries)", ".tril()"),
+    ("attention", "is_causal=queries == keys", "is_causal=False"),
+    ("attention", "scale=0.30558255774919335", "scale=0.25"),
+]
+
+
+def plant(package: Path, name: str, old: str, new: str) -> None:
+    """Replaces a part of a generated file, and makes the manifest agree with it."""
+    file = package / name
+    source = file.read_text()
+    assert old in source, f"{name} no longer says {old!r}: plant the mistake anew"
+    file.write_text(source.replace(old, new))
+    manifest = json.loads((package / "manifest.json").read_text())
+    manifest["files"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (package / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("kernel", "old", "new"), MISTAKES)
+def test_a_planted_mistake_is_found(package: Path, kernel: str, old: str, new: str) -> None:
+    plant(package, f"kernels/{kernel}.py", old, new)
+    try:
+        verdict = verify_package(package, "random:0", decode=1)
+    except (RuntimeError, IndexError):
+        return  # so wrong that it can't run
+    assert not verdict.ok
+
+
+def test_a_mistake_in_the_weights_is_found(package: Path) -> None:
+    plant(
+        package,
+        "weights.py",
+        "torch.cat([gate_proj, up_proj], dim=1)",
+        "torch.cat([up_proj, gate_proj], dim=1)",
+    )
+    verdict = verify_package(package, "random:0", decode=0)
+    assert not verdict.ok
+    wrong = [r.value for r in verdict.rows if not r.ok]
+    assert "prefill: model.layers.0" not in wrong, "the first layer has no experts"
+    assert wrong[0] == "prefill: model.layers.1"
+
+
+def test_a_package_without_mistakes(built: Path, pristine: Path) -> None:
+    for weights in ("random:0", "random:7", str(pristine)):
+        verdict = verify_package(built, weights, decode=2)
+        assert verdict.ok
+        assert verdict.same_tokens == verdict.tokens == 3 * 4
+        assert [r.value for r in verdict.rows if r.value.endswith("logits")] == [
+            "prefill: logits", "mixed: logits", "decode 1: logits", "decode 2: logits",
+        ]  # fmt: skip
+        assert 0 < max(r.worst for r in verdict.rows) < 1e-5
+
+
+def test_the_prompts_cross_a_page(built: Path) -> None:
+    (first, *_) = verify_package(built, "random:0", decode=0).rows
+    assert first.shape[0] > 64
+
+
+def test_sixteen_bits_are_judged_by_the_median(tmp_path: Path) -> None:
+    package = moec.build("mixtral-tiny", out=tmp_path / "package", dtype="bf16").path
+    verdict = verify_package(package, "random:0", decode=1)
+    assert (verdict.ok, verdict.judged) == (True, "median")
+    plant(package, "kernels/rope.py", "- b * sin", "+ b * sin")
+    assert not verify_package(package, "random:0", decode=1).ok
+
+
+def test_verify_prints_a_table(cli: Cli, built: Path, pristine: Path) -> None:
+    for weights in ("random:3", pristine):
+        done = cli("verify", built, "--weights", weights, "--decode", 1)
+        assert (done.code, done.err) == (0, "")
+        lines = done.out.splitlines()
+        assert lines[1].split() == ["value", "prefill", "mixed", "decode"]
+        assert [line.split()[0] for line in lines[3:-1]] == [
+            *(f"model.layers.{n}" for n in range(3)),
+            "logits",
+        ]
+        assert all(re.fullmatch(r"\S+( +\d\.\de-\d\d){3} +ok", line) for line in lines[3:-1])
+        assert lines[-1] == "equal within 1e-04; 9 of 9 greedy tokens the same"
+
+
+def test_verify_says_where_a_broken_package_differs_first(cli: Cli, package: Path) -> None:
+    plant(package, "kernels/route.py", "weights = weights * 2.5", "pass")
+    done = cli("verify", package, "--decode", 0)
+    assert (done.code, done.err) == (1, "")
+    assert "DIFFERS" in done.out
+    assert done.out.splitlines()[-1].startswith(
+        "DIFFERENT: more than 1e-04, first in prefill: model.layers.1; "
+    )
+    said = cli("verify", package, "--decode", 0, "--json")
+    assert (said.code, said.json()["ok"]) == (1, False)
+    assert cli("verify", package, "--decode", 0, "--tolerance", "1e9", "--json").json()["rows"][0]["ok"]
+
+
+def test_verify_of_a_layer(cli: Cli, layer_package: Path) -> None:
+    done = cli("verify", layer_package, "--json")
+    (row,) = done.json()["rows"]
+    assert (done.code, row["value"], row["shape"], row["ok"]) == (0, "forward", [24, 32], True)
+
+
+@pytest.mark.parametrize(
+    "option", [{"tokens": 0}, {"decode": -1}, {"seed": -1}, {"tolerance": 0.0}, {"tokens": 250}]
+)
+def test_options_out_of_range(built: Path, option: dict[str, int]) -> None:
+    with pytest.raises(BadOption, match=r"250" if option == {"tokens": 250} else f"{next(iter(option))} is"):
+        verify_package(built, "random:0", **option)  # type: ignore[arg-type]
+
+
+def test_token_errors() -> None:
+    a = torch.tensor([[1.0, -4.0], [0.0, 2.0]])
+    assert token_errors(a, a + torch.tensor([[0.0, 1.0], [0.5, 0.0]])).tolist() == [0.25, 0.125]
+    assert token_errors(a, a[:1]).isinf().all()
+    assert token_errors(a, torch.full_like(a, torch.nan)).isinf().all()
+    assert token_errors(torch.full_like(a, torch.nan), torch.full_like(a, torch.nan)).tolist() == [0.0, 0.0]
+    assert token_errors(torch.zeros(0, 3), torch.zeros(0, 3)).numel() == 0
