@@ -1,16 +1,16 @@
 """How fast is a whole model on the CPU, beside transformers and beside bare matrix products?
 
-A DeepSeek-V3-shaped model (hidden 512, 2 layers, 32 experts of 256, top-4) in fp32 with one set of random weights. Each
+A DeepSeek-V3-shaped model (hidden 512, 2 layers, 32 experts of 256, top-4) in fp32 with random weights. Each
 round runs, one after the other so that they share the machine's mood:
 
     moec          the package built for cpu
     eager         transformers, one product an expert
     grouped_mm    transformers, torch's grouped product
-    F.linear      nothing but the linear products that moec's prefill does, in the same shapes on the same weights
+    F.linear      nothing but the linear products of moec's prefill, in its shapes, on its weights
 
-prefill of 512 tokens, then 32 decode steps. Medians over the rounds; every peer's logits and tokens are checked against
-moec's. transformers' batched_mm gathers gigabytes of weights and slows all that shares a process with it: it gets one of
-its own. Run with ``make bench``, or ``python benchmarks/cpu_model.py --quick``.
+prefill of 512 tokens, then 32 decode steps. Medians over the rounds; every peer's logits and tokens are
+checked against moec's. transformers' batched_mm gathers gigabytes of weights and slows all that shares a
+process with it: it gets one of its own. Run with ``make bench``, or with --quick for a first look.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ from moec.runtime.cache import CachedSequence
 
 RESULTS = Path(__file__).parent / "results"
 PREFILL, DECODE = 512, 32
-CONFIG: dict[str, Any] = dict(
-    vocab_size=1024,
-    hidden_size=512,
-    intermediate_size=1024,
-    moe_intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=8,
-    n_shared_experts=1,
-    n_routed_experts=32,
-    num_experts_per_tok=4,
-    n_group=8,
-    topk_group=4,
-    routed_scaling_factor=2.5,
-    norm_topk_prob=True,
-    first_k_dense_replace=0,
-    q_lora_rank=256,
-    kv_lora_rank=128,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-    max_position_embeddings=2048,
-    rope_theta=10000.0,
-)
+CONFIG: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "n_shared_experts": 1,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 0,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+}
 
 
 def checkpoint(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from moec.codegen.kernels import Inline, Templated, select
 from moec.codegen.render import Names, identifier, prose, quote, quote_format, render_python
+from moec.errors import IRError
 from moec.ir.graph import ENTRIES, Function, Module
 from moec.ir.op import Op, Param, Value
 from moec.ir.ops.control import Loop
@@ -103,6 +104,8 @@ class FunctionEmitter:
         if isinstance(op, Loop):
             self._loop(op, operands)
         elif isinstance(op, Bind):
+            if not self.load_time:
+                raise IRError(f"@{self.function.name}: bind stands outside @{WEIGHTS}", loc=op.loc)
             self.lines.append(f"bind({quote(op.param)}, {operands[0]})")
         else:
             self._assign(op, *self._expression(op, operands))

@@ -128,12 +128,10 @@ def entries(module: Module) -> dict[str, Any]:
 
 
 def caches(module: Module) -> list[dict[str, Any]]:
-    """Each cache argument of ``@step`` with the layers that keep entries in it."""
-    if "step" not in module:
-        return []
-    step = module["step"]
+    """Each cache argument of ``@step`` or ``@forward`` with the layers that keep entries in it."""
+    entry = module["step" if "step" in module else "forward"]
     found = []
-    for arg in step.args:
+    for arg in entry.args:
         if isinstance(arg.type, CacheType):
             found.append(
                 {
@@ -141,7 +139,7 @@ def caches(module: Module) -> list[dict[str, Any]]:
                     "dtype": str(arg.type.dtype),
                     "entry": list(arg.type.entry),
                     "page": arg.type.page,
-                    "layers": sorted(_layers(step.ops, arg)),
+                    "layers": sorted(_layers(entry.ops, arg)),
                 }
             )
     return found

@@ -120,8 +120,10 @@ def read_module(path: Path | str) -> Module:
     """The module in a file. Raises ParseError where it can't be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParseError(f"can't read the IR: {error}") from None
+    except OSError as error:
+        raise ParseError(f"can't read the IR: {error.strerror}", loc=SourceLoc(str(path), 0)) from None
+    except UnicodeDecodeError:
+        raise ParseError("can't read the IR: it is no text", loc=SourceLoc(str(path), 0)) from None
     return parse_module(text, str(path))
 
 

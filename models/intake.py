@@ -27,6 +27,8 @@ def resolve(spec: str | PathLike[str] | Spec) -> Spec:
     if not isinstance(spec, str | PathLike):
         raise SpecError(f"{spec!r} is no spec: a preset's name, a path, a Model or a Layer is")
     text = str(spec)
+    if not text.strip():
+        raise UnknownPreset("the spec is empty: a preset's name or a path is one")
     if text in PRESETS:
         return preset(text)
     file, colon, name = text.rpartition(":")

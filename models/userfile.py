@@ -21,9 +21,11 @@ def load_spec(file: str, name: str) -> Spec:
     """
     namespace = _run(file)
     if not name:
-        found = [key for key, value in namespace.items() if isinstance(value, Model | Layer)]
-        hint = f"as {file}:{found[0]}" if found else "and no Model or Layer is in it"
-        raise ModelFileError(f"say which model of the file is meant, {hint}", loc=SourceLoc(file, 0))
+        hint = " or ".join(f"{file}:{key}" for key, value in namespace.items() if _may_be_spec(file, value))
+        message = (
+            f"say which model of the file is meant: {hint}" if hint else "no Model or Layer is in the file"
+        )
+        raise ModelFileError(message, loc=SourceLoc(file, 0))
     if name not in namespace:
         public = [key for key in namespace if not key.startswith("_")]
         raise ModelFileError(f"nothing is called {name!r}{nearest(name, public)}", loc=SourceLoc(file, 0))
@@ -34,6 +36,14 @@ def load_spec(file: str, name: str) -> Spec:
         kind = f"the class {spec.__name__}" if isinstance(spec, type) else f"a {type(spec).__name__}"
         raise ModelFileError(f"{name} is {kind}, not a Model or Layer", loc=SourceLoc(file, 0))
     return spec
+
+
+def _may_be_spec(file: str, value: Any) -> bool:
+    """A Model or Layer, or a function of the file's own that can be called for one."""
+    if isinstance(value, Model | Layer):
+        return True
+    code = getattr(value, "__code__", None)
+    return code is not None and code.co_filename == file and not code.co_argcount
 
 
 def _run(file: str) -> dict[str, Any]:

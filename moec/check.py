@@ -16,14 +16,15 @@ import torch
 
 from moec import runtime
 from moec.codegen.render import identifier
-from moec.errors import BadOption, NotAPackage
+from moec.errors import BadOption
 from moec.ir import Interpreter, Module, read_module
 from moec.ir.op import Op
 from moec.ir.ops.control import Call
-from moec.ir.types import CacheType, TensorType
+from moec.ir.types import CacheType
 from moec.runtime.batch import Batch, next_batch
 from moec.runtime.cache import CachedSequence
 from moec.runtime.checkpoint import Checkpoint, open_checkpoint
+from moec.runtime.dtypes import DTYPES
 
 # Largest error that counts as equal, by the model's dtype. In fp32 the two differ by the order of sums alone.
 # In 16 bits a rounding may flip a choice of experts, which changes that token and those that attend to it:
@@ -134,16 +135,27 @@ def verify_package(
 def _verify_layer(
     model: runtime.LayerModel, module: Module, tensors: _Tensors, rows: int, seed: int, compare: _Comparison
 ) -> None:
-    others = [a.text for a in module["forward"].args[1:]]
-    if others:
-        raise BadOption(f"@forward takes {', '.join(others)} too; only layers of one tensor can be verified")
-    want = module["forward"].args[0].type
-    if not isinstance(want, TensorType):
-        raise NotAPackage(f"@forward takes {want}, not a tensor")
-    x = torch.randn(rows, model.manifest["hidden"], generator=torch.Generator().manual_seed(seed))
-    x = x.to(want.dtype.torch)
-    (expected,) = Interpreter(module, tensors).run("forward", x)
-    compare.add("forward", expected, model.forward(x))
+    """Two steps of two sequences; a block that keeps no cache just takes two inputs."""
+    args = module["forward"].args
+    generator = torch.Generator().manual_seed(seed)
+    interpreter = Interpreter(module, tensors)
+    cache = model.new_cache(2 * (2 * rows + model.page))
+    sequences = [CachedSequence(cache), CachedSequence(cache)]
+    state = {
+        arg.name: interpreter.new_cache(arg.type, max(spec.layers) + 1, cache.pages)
+        for arg in args
+        if isinstance(arg.type, CacheType)
+        for spec in model.cache_specs
+        if spec.name == arg.name
+    }
+    for label, counts in (("first step", (rows - rows // 2, rows // 2)), ("second step", (1, rows))):
+        batch = next_batch(sequences, [[0] * n for n in counts])
+        x = torch.randn(len(batch.ids), model.manifest["hidden"], generator=generator)
+        x = x.to(DTYPES[model.manifest["dtype"]])
+        context = [state[a.name] if a.name in state else getattr(batch, a.name) for a in args[1:]]
+        expected, *after = interpreter.run("forward", x, *context)
+        state = dict(zip(state, after, strict=True))
+        compare.add(f"{label}: y", expected, model.forward(x, batch, cache))
 
 
 class _Comparison:

@@ -65,19 +65,23 @@ class Batch:
                 f"batch.cu_seqlens has {sizes['C']} entries for {sizes['B']} sequences: one more is needed"
             )
 
-    def check(self, vocab: int, max_positions: int, pages: int, page: int) -> None:
+    def check(self, vocab: int | None, max_positions: int, pages: int | None, page: int | None) -> None:
         """Raises BadInput where values are out of range: what a kernel would read or write elsewhere.
 
-        Tokens beyond ``cu_seqlens[-1]`` belong to no sequence; their slot is -1.
+        Without a vocabulary or a cache, what would index it isn't looked at. Tokens beyond ``cu_seqlens[-1]``
+        belong to no sequence; their slot is -1.
         """
         tokens = len(self.ids)
-        _within("ids", self.ids, 0, vocab, f"token id {{}} is outside the vocabulary of {vocab}")
+        if vocab is not None:
+            _within("ids", self.ids, 0, vocab, f"token id {{}} is outside the vocabulary of {vocab}")
         _within("positions", self.positions, 0, max_positions)
-        _within("slot_mapping", self.slot_mapping, -1, pages * page)
         counts = self.cu_seqlens.diff()
         _within("cu_seqlens", self.cu_seqlens, 0, tokens + 1)
         if int(self.cu_seqlens[0]) != 0 or bool((counts < 0).any()):
             raise BadInput("batch.cu_seqlens must start at 0 and never fall")
+        if pages is None or page is None:
+            return
+        _within("slot_mapping", self.slot_mapping, -1, pages * page)
         if bool((self.slot_mapping[int(self.cu_seqlens[-1]) :] >= 0).any()):
             raise BadInput("batch.slot_mapping gives a slot to a token that no sequence owns")
         _within("seq_lens", self.seq_lens, 0, self.block_table.shape[1] * page + 1)

@@ -26,7 +26,17 @@ class Loaded:
         self.package, self.weights, self.device = package, weights, device
         self.manifest = package.manifest
         self.name: str = self.manifest["name"]
+        self.cache_specs = tuple(CacheSpec.of(c) for c in self.manifest["caches"])
         self._code = package.module("model")
+
+    def new_cache(self, tokens: int) -> KVCache:
+        """A cache with room for ``tokens`` tokens of one sequence, or as many pages shared by several."""
+        return KVCache(self.cache_specs, max(1, -(-tokens // self.page)), self.device)
+
+    @property
+    def page(self) -> int:
+        """Tokens to a page of the cache."""
+        return self.cache_specs[0].page if self.cache_specs else 1
 
     def __repr__(self) -> str:
         target, size = self.manifest["target"], self.weights.nbytes
@@ -36,25 +46,44 @@ class Loaded:
 class LayerModel(Loaded):
     """A single compiled layer or block."""
 
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """x [N, hidden] in the layer's dtype -> the same. Raises BadInput for anything else.
+    def forward(
+        self, x: torch.Tensor, batch: Batch | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """x [N, hidden] in the layer's dtype -> the same.
 
-        ``others`` are what a block asks of its context: positions, cu_seqlens, ..., and its cache, a list of
-        one tensor [pages, page, *entry] a layer. The manifest's ``entries`` name them in order.
+        ``batch`` and ``cache`` are for a block that asks for its context (attention: positions, offsets,
+        pages); the batch's ids play no part. Raises BadInput for what doesn't fit, or is lacking.
         """
         hidden, dtype = self.manifest["hidden"], self.manifest["dtype"]
-        names = [name for name, _ in self.manifest["entries"]["forward"]["args"]]
-        if len(others) + 1 != len(names):
-            raise BadInput(f"forward takes {', '.join(names)}; {len(others) + 1} of {len(names)} are given")
         if not isinstance(x, torch.Tensor):
             raise BadInput(f"x must be a tensor, not {type(x).__name__}")
         if x.dim() != 2 or x.shape[1] != hidden or x.dtype != DTYPES[dtype]:
             raise BadInput(f"x must be {dtype} [N, {hidden}], not {describe(x)}")
+        context = self._context(len(x), batch, cache)
         with torch.inference_mode():
-            y: torch.Tensor = self._code.forward(x, *others, self.weights)
+            y: torch.Tensor = self._code.forward(x, *context, self.weights)
         return y
 
     __call__ = forward
+
+    def _context(self, tokens: int, batch: Batch | None, cache: KVCache | None) -> list[Any]:
+        """What ``@forward`` takes after x, in its order."""
+        names = [name for name, _ in self.manifest["entries"]["forward"]["args"]][1:]
+        caches = [spec.name for spec in self.cache_specs]
+        inputs = [name for name in names if name not in caches]
+        if inputs and batch is None:
+            raise BadInput(f"{self.name} uses {', '.join(inputs)}: forward needs a batch")
+        if caches and cache is None:
+            raise BadInput(f"{self.name} keeps a KV cache: forward needs one, as new_cache makes it")
+        if batch is not None:
+            if len(batch.ids) != tokens:
+                raise BadInput(f"x has {tokens} rows, the batch {len(batch.ids)} tokens")
+            pages, page = (cache.pages, cache.page) if cache is not None else (None, None)
+            batch.check(None, self.manifest["max_positions"], pages, page)
+        return [
+            cache.tensors[name] if cache is not None and name in caches else getattr(batch, name)
+            for name in names
+        ]
 
 
 class LanguageModel(Loaded):
@@ -64,12 +93,6 @@ class LanguageModel(Loaded):
         super().__init__(package, weights, device)
         self.vocab: int = self.manifest["vocab"]
         self.max_positions: int = self.manifest["max_positions"]
-        self.cache_specs = tuple(CacheSpec.of(c) for c in self.manifest["caches"])
-
-    def new_cache(self, tokens: int) -> KVCache:
-        """A cache with room for ``tokens`` tokens of one sequence, or as many pages shared by several."""
-        page = self.cache_specs[0].page if self.cache_specs else 1
-        return KVCache(self.cache_specs, max(1, -(-tokens // page)), self.device)
 
     def hidden(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """One step's final hidden states [N, hidden]; the batch's entries are in the cache afterwards."""
@@ -101,14 +124,10 @@ class LanguageModel(Loaded):
         if not prompts.rectangular:
             raise BadInput("model(ids) takes one tensor [B, T]; ragged prompts go to generate")
         rows, length = len(prompts.ids), len(prompts.ids[0])
-        cache = self.new_cache(rows * (length + self._page))
+        cache = self.new_cache(rows * (length + self.page))
         sequences = [CachedSequence(cache) for _ in prompts.ids]
         logits = self.head(self.hidden(next_batch(sequences, prompts.ids), cache))
         return logits.view(rows, length, self.vocab)
-
-    @property
-    def _page(self) -> int:
-        return self.cache_specs[0].page if self.cache_specs else 1
 
     def generate(
         self,
@@ -163,7 +182,7 @@ class LanguageModel(Loaded):
         if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
             raise BadInput(f"max_new_tokens is {max_new_tokens!r}; it must be a number, 0 or more")
         prompts = Prompts.of(input_ids, self.vocab, self.max_positions, max_new_tokens)
-        tokens = sum(len(ids) + max_new_tokens + self._page for ids in prompts.ids)
+        tokens = sum(len(ids) + max_new_tokens + self.page for ids in prompts.ids)
         sampling = Sampling(temperature, top_k, top_p)
         return Generation(self, prompts, max_new_tokens, sampling, seed, eos_token_id, self.new_cache(tokens))
 

@@ -28,11 +28,22 @@ def _linear(op: Op, args: list[Any]) -> str:
 
 
 def _reshape(op: Op, args: list[Any]) -> str:
+    """Symbolic axes are x's own where x has them; one other can be left for PyTorch to work out."""
+    x_shape = op.operands[0].type.shape  # type: ignore[union-attr]
+    sizes = []
     symbolic = [d for d in op.attrs["shape"] if not isinstance(d, int)]
-    if len(symbolic) > 1:
-        raise InternalError(f"reshape to {op.attrs['shape']}: more than one symbolic axis", loc=op.loc)
-    shape = ", ".join("-1" if not isinstance(d, int) else str(d) for d in op.attrs["shape"])
-    return f"{args[0]}.reshape({shape})"
+    for dim in op.attrs["shape"]:
+        if isinstance(dim, int):
+            sizes.append(str(dim))
+        elif len(symbolic) == 1:
+            sizes.append("-1")
+        elif dim in x_shape:
+            sizes.append(f"{args[0]}.shape[{x_shape.index(dim)}]")
+        else:
+            sizes.append("-1")
+    if sizes.count("-1") > 1:
+        raise InternalError(f"reshape to {op.attrs['shape']}: x doesn't show its sizes", loc=op.loc)
+    return f"{args[0]}.reshape({', '.join(sizes)})"
 
 
 def _split(op: Op, args: list[Any]) -> str:

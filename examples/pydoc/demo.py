@@ -2,8 +2,8 @@
 
     make demo            or: python examples/pydoc/demo.py ["a prompt"]
 
-The model has DeepSeek-V3's architecture at 1/180,000 of its size (see README.md beside this file). moec reads its
-checkpoint as it would read the real one, and everything printed below is what an engineer would look at there.
+The model has DeepSeek-V3's architecture at 1/180,000 of its size (README.md beside this file says more). moec
+reads its checkpoint as it would read the real one; what is printed is what an engineer would look at there.
 """
 
 from __future__ import annotations

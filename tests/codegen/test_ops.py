@@ -156,3 +156,15 @@ def test_in_16_bits_all_but_ties_of_the_rounding_are_the_reference_s_bits(dtype)
         module["forward"].outputs, emitted(module, weights, *args), expected, strict=True
     ):
         assert float((got != want).float().mean()) < 0.03, value
+
+
+@given(
+    scaling=st.sampled_from(["none", "linear", "yarn", "llama3"]),
+    factor=st.sampled_from([1.0, 2.5, 40.0]),
+    magnitude=st.sampled_from([1.0, 0.7, 1.3]),
+    truncate=st.booleans(),
+)
+def test_rope_tables(scaling: str, factor: float, magnitude: float, truncate: bool) -> None:
+    how = {"scaling": scaling, "factor": factor, "magnitude": magnitude, "truncate": truncate, "original": 64}
+    module = forward(lambda b, n: b.rope_table(n, dim=16, theta=1e4, **how), TensorType(i64, (N,)))
+    agree(module, {}, [torch.tensor([0, 1, 7, 63, 64, 5000])])

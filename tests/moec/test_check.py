@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import moec
+from moec import models
 from moec.check import token_errors, verify_package
 from moec.errors import BadOption
 
@@ -132,8 +133,16 @@ def test_verify_says_where_a_broken_package_differs_first(cli: Cli, package: Pat
 
 def test_verify_of_a_layer(cli: Cli, layer_package: Path) -> None:
     done = cli("verify", layer_package, "--json")
-    (row,) = done.json()["rows"]
-    assert (done.code, row["value"], row["shape"], row["ok"]) == (0, "forward", [24, 32], True)
+    found = [(row["value"], row["shape"], row["ok"]) for row in done.json()["rows"]]
+    assert (done.code, found) == (0, [("first step: y", [24, 32], True), ("second step: y", [25, 32], True)])
+
+
+def test_verify_of_a_layer_with_a_cache(cli: Cli, tmp_path: Path) -> None:
+    spec = models.Layer(models.GQA(heads=2, kv_heads=1, head_dim=4), hidden=32, dtype="f32", page=4)
+    built = moec.build(spec, out=tmp_path / "x")
+    assert cli("verify", built.path).code == 0
+    plant(built.path, "kernels/cache_read.py", "torch.cat(sequences)", "torch.cat(sequences).roll(1, 0)")
+    assert cli("verify", built.path).code == 1
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ import moec
 from moec import models
 from moec.errors import BadInput
 from moec.ir import Interpreter, read_module
+from moec.ir.types import CacheType
 from moec.runtime import LayerModel
-from moec.runtime.cache import CacheSpec, KVCache
+from moec.runtime.batch import next_batch
+from moec.runtime.cache import CachedSequence
 from moec.runtime.checkpoint import Random
 from tests.runtime.conftest import HIDDEN, layer_spec
 
@@ -82,32 +84,39 @@ def test_it_says_what_it_is(layer: LayerModel) -> None:
     assert repr(layer).startswith("<LayerModel moe-layer for cpu, ")
 
 
-def test_a_layer_with_a_cache_takes_it(tmp_path: Path) -> None:
-    """Attention asks for positions, offsets, pages: arguments of its forward, in the manifest's order."""
-    attention = models.GQA(heads=2, kv_heads=1, head_dim=4)
-    spec = models.Layer(attention, hidden=HIDDEN, dtype="f32", name="attention", page=4)
-    loaded = moec.load(moec.build(spec, out=tmp_path / "x"), "random:0")
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory: pytest.TempPathFactory) -> LayerModel:
+    block = models.GQA(heads=2, kv_heads=1, head_dim=4)
+    spec = models.Layer(block, hidden=HIDDEN, dtype="f32", name="attention", page=4)
+    loaded = moec.load(moec.build(spec, out=tmp_path_factory.mktemp("layer") / "x"), "random:0")
     assert isinstance(loaded, LayerModel)
-    arguments = dict(loaded.manifest["entries"]["forward"]["args"])
-    x = randn(3, HIDDEN)
-    inputs: dict[str, Any] = {
-        "x": x,
-        "positions": torch.arange(3),
-        "cu_seqlens": torch.tensor([0, 3], dtype=torch.int32),
-        "seq_lens": torch.tensor([3], dtype=torch.int32),
-        "block_table": torch.tensor([[1]], dtype=torch.int32),
-        "slot_mapping": torch.tensor([4, 5, 6]),
-    }
-    (cache,) = (name for name in arguments if name not in inputs)
-    pages = KVCache([CacheSpec("kv", "f32", (2, 4), 4, (0,))], 2).tensors["kv"]
-    assert arguments[cache] == "cache<f32[2,4], page=4>"
-    y = loaded(*[pages if name == cache else inputs[name] for name in arguments])
+    return loaded
 
-    module = read_module(loaded.package.folder / "ir" / "000_naive.moec")
-    interpreter = Interpreter(module, weights_of(loaded))
-    types = {a.name: a.type for a in module["forward"].args}
-    empty = interpreter.new_cache(types[cache], 1, 2)
-    (want, *_) = interpreter.run("forward", *[empty if name == cache else inputs[name] for name in types])
-    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6)
-    with pytest.raises(BadInput, match="forward takes x, "):
-        loaded(x)
+
+def test_a_layer_with_a_cache_takes_it(attention: LayerModel) -> None:
+    """Two steps of two sequences: the second attends to what the first left in the cache."""
+    module = read_module(attention.package.folder / "ir" / "000_naive.moec")
+    names = [a.name for a in module["forward"].args]
+    assert [c.entry for c in attention.cache_specs] == [(2, 4)]
+    cache = attention.new_cache(40)
+    sequences = [CachedSequence(cache), CachedSequence(cache)]
+    interpreter = Interpreter(module, weights_of(attention))
+    (cache_type,) = (a.type for a in module["forward"].args if isinstance(a.type, CacheType))
+    state: Any = interpreter.new_cache(cache_type, 1, cache.pages)
+    for new in ([[0] * 6, [0]], [[0], [0] * 3]):
+        batch = next_batch(sequences, new)
+        x = randn(len(batch.ids), HIDDEN, seed=len(batch.ids))
+        given = [x if n == "x" else state if n == "kv" else getattr(batch, n) for n in names]
+        want, state = interpreter.run("forward", *given)
+        torch.testing.assert_close(attention(x, batch, cache), want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_layer_with_a_cache_lacks(attention: LayerModel) -> None:
+    cache = attention.new_cache(40)
+    batch = next_batch([CachedSequence(cache)], [[0, 0]])
+    with pytest.raises(BadInput, match=r"attention uses positions, .*: forward needs a batch"):
+        attention(randn(2, HIDDEN))
+    with pytest.raises(BadInput, match="keeps a KV cache"):
+        attention(randn(2, HIDDEN), batch)
+    with pytest.raises(BadInput, match="x has 3 rows, the batch 2 tokens"):
+        attention(randn(3, HIDDEN), batch, cache)
