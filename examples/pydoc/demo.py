@@ -95,7 +95,7 @@ def write(built: moec.Built, prompt: str, tokens: int) -> None:
         raise SystemExit(f"{built.path} is no language model")
     tokenizer = tokenizer_of(str(CHECKPOINT), model.vocab)
     start = time.perf_counter()
-    stream = model.stream([tokenizer.encode(prompt)], tokens, temperature=0.4, top_p=0.95, seed=4)
+    stream = model.stream([tokenizer.encode(prompt)], tokens, temperature=0.5, top_p=0.95, seed=3)
     print(f"\n{prompt}", end="")
     for text in tokenizer.stream(step[0] or 0 for step in stream):
         print(text, end="", flush=True)

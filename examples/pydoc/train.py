@@ -7,11 +7,11 @@ groups beside a shared one, chosen by sigmoid scores plus a bias. No gradient re
 step it is lowered for the experts that got more than their share of tokens and raised for the others, which
 balances the load without an auxiliary loss (Wang et al., 2024, arXiv:2408.15664).
 
-    python examples/pydoc/train.py --minutes 33 --out examples/pydoc/checkpoint
+    python examples/pydoc/train.py --steps 4500 --out checkpoint
 
-Takes --minutes on two CPU cores, and one more to evaluate and sample. Seeds are fixed, but how many steps
-fit depends on the machine: two runs agree in quality, not in bits. Needs torch, transformers and, unless
---eager is given, a C++ compiler, which makes a step 1.7 times as fast.
+A step takes a third of a second on two idle CPU cores: 4500 take half an hour, and one minute more goes into
+evaluating and sampling. Needs torch, transformers and, unless --eager is given, a C++ compiler, which makes
+a step 1.7 times as fast.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def save_bf16(model: DeepseekV3ForCausalLM, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=33, help="time to train for (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4500, help="steps to train for (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="continue from this checkpoint (give another seed)")
@@ -135,10 +135,10 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     train_text, held_out = load_text()
-    model, past = DeepseekV3ForCausalLM(CONFIG), {"steps": 0, "minutes": 0}
+    model, past_steps = DeepseekV3ForCausalLM(CONFIG), 0
     if args.start:
         model = DeepseekV3ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
-        past = json.loads((args.start / "training.json").read_text())
+        past_steps = json.loads((args.start / "training.json").read_text())["steps"]
     model.train().set_experts_implementation("grouped_mm")
     routers = prepare(model)
     forward = model if args.eager else torch.compile(model)
@@ -146,12 +146,12 @@ def main() -> None:
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1]}, norms]
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
 
-    step, done, train_loss, start = 0, 0.0, math.log(256), time.monotonic()
-    while done < 1:
-        done = (time.monotonic() - start) / (60 * args.minutes)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * min(done, 1))
+    train_loss, start = math.log(256), time.monotonic()
+    for step in range(1, args.steps + 1):
+        done = step / args.steps
+        cosine = 0.5 + 0.5 * math.cos(math.pi * done)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * cosine)
+            group["lr"] = args.lr * min(1, step / WARMUP) * (0.02 + 0.98 * cosine)
 
         for router in routers:
             router.load.zero_()
@@ -170,11 +170,11 @@ def main() -> None:
             for router in routers:
                 router.e_score_correction_bias -= BIAS_STEP * (router.load - router.load.mean()).sign()
 
-        step += 1
         train_loss += (loss.item() - train_loss) * max(0.01, 1 / step)
-        if step % 250 == 0 or done >= 1:
+        if step % 250 == 0 or step == args.steps:
             nats = f"nats/byte: train {train_loss:.3f}, held out {held_out_nats(model, held_out):.3f}"
-            print(f"{done:4.0%}  step {step}  {nats}  max/mean load {load}", file=sys.stderr, flush=True)
+            pace = f"{(time.monotonic() - start) / step:.2f} s a step"
+            print(f"step {step}  {nats}  max/mean load {load}  {pace}", file=sys.stderr, flush=True)
 
     nats_fp32 = held_out_nats(model, held_out)
     save_bf16(model, args.out)
@@ -182,8 +182,7 @@ def main() -> None:
     routers, nats_bf16 = prepare(saved), held_out_nats(saved, held_out)
     record = {
         "parameters": sum(p.numel() for p in saved.parameters()),
-        "steps": past["steps"] + step,
-        "minutes": past["minutes"] + args.minutes,
+        "steps": past_steps + args.steps,
         "seed": args.seed,
         "train_nats_per_byte": round(train_loss, 4),
         "held_out_nats_per_byte": {"fp32": round(nats_fp32, 4), "bf16": round(nats_bf16, 4)},
