@@ -16,7 +16,6 @@ process with it: it gets one of its own. Run with ``make bench``, or with --quic
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
 import statistics
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -133,42 +132,29 @@ def decode(prefill: float, logits: torch.Tensor, step: Callable[[torch.Tensor], 
 
 
 class Products:
-    """The linear products of one prefill, by themselves: every F.linear and every expert's segment."""
+    """The linear products of one prefill, by themselves: every dense one and every expert's segment."""
 
     def __init__(self, peer: Moec, ids: torch.Tensor) -> None:
         self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-        with self._recording(peer):
-            peer.run(ids[:, :PREFILL])
+        package = peer.model._code.__name__.rpartition(".")[0]
+        modules = [
+            peer.model._code,
+            *(m for n, m in sys.modules.items() if n.startswith(f"{package}.kernels")),
+        ]
+        users = [m for m in modules if callable(getattr(m, "linear", None))]
+        linear = users[0].linear
 
-    @contextlib.contextmanager
-    def _recording(self, peer: Moec) -> Iterator[None]:
-        """Keeps operands of every product until the prefill is over."""
-        linear, mm = F.linear, torch.mm
-        keep = True
+        def record(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            self.calls.append((x, w))
+            out: torch.Tensor = linear(x, w, bias)
+            return out
 
-        def record_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-            if keep:
-                self.calls.append((x, w))
-            return linear(x, w, bias)
-
-        def record_mm(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-            if keep:
-                self.calls.append((x.clone(), w.t()))
-            return mm(x, w, out=out) if out is not None else mm(x, w)
-
-        head = peer.model.head
-
-        def last(h: torch.Tensor) -> torch.Tensor:
-            nonlocal keep
-            logits: torch.Tensor = head(h)
-            keep = False
-            return logits
-
-        F.linear, torch.mm, peer.model.head = record_linear, record_mm, last  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            F.linear, torch.mm, peer.model.head = linear, mm, head
+        for module in users:
+            module.linear = record  # type: ignore[attr-defined]
+        cache = peer.model.new_cache(PREFILL)
+        peer.model.step(next_batch([CachedSequence(cache)], ids.tolist()), cache)
+        for module in users:
+            module.linear = linear  # type: ignore[attr-defined]
 
     @property
     def flops(self) -> int:
@@ -192,16 +178,21 @@ def same(name: str, got: Timing, want: Timing) -> float:
     return difference
 
 
+def prompt(number: int) -> torch.Tensor:
+    """The ids of one round, [1, PREFILL]."""
+    return torch.randint(CONFIG["vocab_size"], (1, PREFILL), generator=torch.Generator().manual_seed(number))
+
+
 def measure(rounds: int, folder: Path) -> dict[str, Any]:
     checkpoint(folder / "checkpoint")
-    ids = torch.randint(CONFIG["vocab_size"], (1, PREFILL), generator=torch.Generator().manual_seed(1))
     ours = Moec(folder / "checkpoint", folder / "package")
     peers = {name: Transformers(folder / "checkpoint", name) for name in ("eager", "grouped_mm")}
-    products = Products(ours, ids)
     times: dict[str, list[Timing]] = {name: [] for name in ("moec", *peers)}
     linear: list[float] = []
     differences = {}
     for number in range(rounds + 1):
+        ids = prompt(number)  # another one each round: other experts, other segments
+        products = Products(ours, prompt(number + rounds + 1))
         found = {"moec": ours.run(ids)} | {name: peer.run(ids) for name, peer in peers.items()}
         alone = products.run()
         for name in peers:
@@ -228,9 +219,8 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
 
 def batched_mm(rounds: int, folder: Path) -> dict[str, float]:
     """Medians of transformers' batched_mm; meant for a process of its own."""
-    ids = torch.randint(CONFIG["vocab_size"], (1, PREFILL), generator=torch.Generator().manual_seed(1))
     peer = Transformers(folder / "checkpoint", "batched_mm")
-    runs = [peer.run(ids) for _ in range(rounds + 1)][1:]
+    runs = [peer.run(prompt(number)) for number in range(rounds + 1)][1:]
     return {
         "prefill_s": statistics.median(t.prefill for t in runs),
         "decode_s": statistics.median(t.decode for t in runs),

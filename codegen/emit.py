@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
-from moec.codegen.kernels import Inline, Templated, select
+from moec.codegen.kernels import KERNELS, Inline, Templated, select
 from moec.codegen.render import Names, identifier, prose, quote, quote_format, render_python
 from moec.errors import IRError
 from moec.ir.graph import ENTRIES, Function, Module
@@ -42,18 +42,26 @@ class Kernels:
     def __init__(self, target: str, functions: set[str]) -> None:
         self.target = target
         self.files: dict[str, list[str]] = {}
+        self.imports: dict[str, list[str]] = {}  # by file: the kernel functions of other files that it calls
         self._names = Names(functions)
         self._by_constants: dict[str, str] = {}
 
     def function(self, op: Op, record: Templated) -> str:
         """The name of the kernel function for ``op``."""
         constants = record.constants(op)
+        if record.calls:
+            called = next(k for k in KERNELS if k.op == record.calls and isinstance(k, Templated))
+            constants |= {record.calls: self._rendered(called, {})}
+            self.imports[identifier(op.name)] = [constants[record.calls]]
+        return self._rendered(record, constants)
+
+    def _rendered(self, record: Templated, constants: dict[str, Any]) -> str:
         key = f"{record.template} {sorted(constants.items(), key=lambda c: c[0])}"
         if key not in self._by_constants:
-            name = self._names.add(key, op.name)
+            name = self._names.add(key, record.op)
             self._by_constants[key] = name
             source = render_python(record.template, name=name, **constants)
-            self.files.setdefault(identifier(op.name), []).append(source)
+            self.files.setdefault(identifier(record.op), []).append(source)
         return self._by_constants[key]
 
     @property
@@ -231,7 +239,9 @@ def emit_python(module: Module, target: str, version: str) -> dict[str, str]:
         ),
     }
     for stem, parts in model_kernels.files.items():
-        sources[f"kernels/{stem}.py"] = render_python("python/kernel_file.py.jinja", op=stem, parts=parts)
+        sources[f"kernels/{stem}.py"] = render_python(
+            "python/kernel_file.py.jinja", op=stem, parts=parts, imports=model_kernels.imports.get(stem, [])
+        )
     return sources
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from moec.errors import InternalError
 from moec.ir.op import Op
+from moec.ir.types import TensorType, f32
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Inline:
 class Templated:
     """``template`` defines one function, called with the op's operands; ``constants(op)`` fills it in.
 
-    ``in_place`` marks a kernel that writes its result into the operand of that number (the cache).
+    ``in_place`` marks a kernel that writes its result into the operand of that number (the cache). ``calls``
+    names the op whose kernel function this one calls, by the name that the template finds under the op's.
     """
 
     op: str
@@ -41,10 +43,19 @@ class Templated:
     constants: Callable[[Op], dict[str, Any]] = field(default=lambda op: {})
     targets: tuple[str, ...] = ("cpu",)
     in_place: int | None = None
+    reasons: Callable[[Op], list[str]] = field(default=lambda op: [])
+    calls: str = ""
 
     def supports(self, op: Op) -> list[str]:
         """Reasons against; none means yes."""
-        return []
+        return self.reasons(op)
+
+
+def not_fp32(op: Op) -> list[str]:
+    """A reason where an operand or a result is of another dtype."""
+    types = [v.type for v in (*op.operands, *op.results) if v is not None]
+    floats = {t.dtype for t in types if isinstance(t, TensorType) and t.dtype.is_float}
+    return [f"it is {', '.join(map(str, floats))}, not fp32"] if floats != {f32} else []
 
 
 Kernel = Inline | Templated
@@ -56,8 +67,11 @@ def register(*kernels: Kernel) -> None:
 
 
 def select(op: Op, target: str) -> Kernel:
-    """The first record that emits ``op`` for ``target``. Raises InternalError where there is none."""
-    for kernel in KERNELS:
+    """The first record that emits ``op`` for ``target``, a kernel of its own before an expression.
+
+    Raises InternalError where there is none.
+    """
+    for kernel in sorted(KERNELS, key=lambda k: isinstance(k, Inline)):
         if kernel.op == op.name and target in kernel.targets and not kernel.supports(op):
             return kernel
     raise InternalError(f"{op.name}: nothing emits it for {target}")

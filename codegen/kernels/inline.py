@@ -59,6 +59,11 @@ def _broadcast(op: Op, args: list[Any]) -> str:
     return f"{args[0]}.unsqueeze({axis}).expand({', '.join(sizes)})"
 
 
+def _rms_norm(op: Op, args: list[Any]) -> str:
+    width = op.operands[1].type.shape[0]  # type: ignore[union-attr]
+    return f"F.rms_norm({args[0]}, ({width},), {args[1]}, {op.attrs['eps']})"
+
+
 def _zeros_like(op: Op, args: list[Any]) -> str:
     return f"torch.zeros_like({args[0]}, dtype={torch_dtype(op.attrs['dtype'])})"
 
@@ -78,6 +83,7 @@ def _concat(op: Op, args: list[Any]) -> str:
 register(
     Inline("linear", _linear),
     Inline("embedding", _embedding),
+    Inline("rms_norm", _rms_norm),
     Inline("reshape", _reshape),
     Inline("split", _split),
     Inline("concat", _concat),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.codegen.kernels import Templated, register
+from moec.codegen.kernels import Templated, not_fp32, register
 from moec.ir.op import Op
 from moec.ir.ops.rope import rope_frequencies
+
+GROUPED = "python/kernels/grouped_linear.py.jinja"
 
 
 def _kernel(op: str, constants: Any = None, **kwargs: Any) -> Templated:
@@ -38,7 +40,9 @@ def _swiglu(op: Op) -> dict[str, Any]:
 def _attention(op: Op) -> dict[str, Any]:
     heads, kv_heads = _shape(op, 0)[1], _shape(op, 1)[1]
     return dict(op.attrs) | {
-        "grouped": heads != kv_heads,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "wide": op.operands[0].type.dtype.bits >= 32,  # type: ignore[union-attr]
         "width": _shape(op, 0)[2],
         "value_width": _shape(op, 2)[2],
     }
@@ -60,8 +64,19 @@ def _cache(op: Op) -> dict[str, Any]:
     return {"page": cache.page, "entry": cache.entry}  # type: ignore[union-attr]
 
 
+def _fp32(op: Op) -> list[str]:
+    return [] if not_fp32(op) else ["in fp32 PyTorch's own is as good"]
+
+
+def _not_rows_of_fp32(op: Op) -> list[str]:
+    return not_fp32(op) + (["x is a single row"] if len(_shape(op, 0)) < 2 else [])
+
+
 register(
-    _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"], "wide": op.operands[0].type.dtype.bits >= 32}),
+    Templated("linear", "python/kernels/linear.py.jinja", reasons=_not_rows_of_fp32),
+    Templated("grouped_linear", GROUPED, reasons=not_fp32, calls="linear"),
+    Templated("grouped_linear", GROUPED, lambda op: {"linear": ""}),
+    _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"]}, reasons=_fp32),
     _kernel("swiglu", _swiglu),
     _kernel("rope_table", _rope_table),
     _kernel(
@@ -70,7 +85,6 @@ register(
     ),
     _kernel("route", _route),
     _kernel("sort_by_expert"),
-    _kernel("grouped_linear"),
     _kernel("scatter_add"),
     _kernel("combine", _combine),
     _kernel("cache_write", _cache, in_place=0),
