@@ -238,10 +238,6 @@ class CacheType:
         if not self.entry or min(*self.entry, self.page) < 1:
             raise IRError(f"{self}: an entry's sizes and the page must be positive")
 
-    @property
-    def entry_bytes(self) -> int:
-        return self.dtype.bits * int(product(self.entry)) // 8
-
     def __str__(self) -> str:
         return f"cache<{self.dtype}[{','.join(map(str, self.entry))}], page={self.page}>"
 

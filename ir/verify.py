@@ -9,9 +9,10 @@ import networkx as nx
 
 from moec.errors import IRError, MoecError
 from moec.ir.graph import Function, Module, consumes
-from moec.ir.op import Value
-from moec.ir.ops.control import Loop
-from moec.ir.types import STATE_TYPES, IndexType, TensorType, Type, symbol
+from moec.ir.op import OpResult, Value
+from moec.ir.ops.control import Call, ForEach, Loop
+from moec.ir.ops.moe import ExpertSlots, Route
+from moec.ir.types import STATE_TYPES, CacheType, IndexType, TensorType, Type, symbol
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _PARAM_NAME = re.compile(r"[\w.*-]+")
@@ -24,7 +25,7 @@ def verify(module: Module) -> None:
         if not _NAME.fullmatch(name):
             raise IRError(f"@{name!r} is no name")
     for symbol_name, bound in module.bounds.items():
-        if not _SYMBOL_NAME.fullmatch(symbol_name) or bound < 0:
+        if not _SYMBOL_NAME.fullmatch(symbol_name) or bound < 1:
             raise IRError(f"{symbol_name!r} <= {bound} is no bound of a symbol")
     for function in module:
         for op in function.ops:
@@ -74,6 +75,7 @@ def _verify_function(function: Function, module: Module) -> None:
     for value in function.values():
         if isinstance(value.type, STATE_TYPES):
             _verify_state(function, value)
+    _verify_layers(function)
 
 
 def _symbols(type: Type) -> Iterator[object]:
@@ -96,6 +98,53 @@ def _verify_loop(op: Loop, module: Module) -> None:
         )
     if op.scope.count("*") > 1:
         raise op.mismatch(f"scope {op.scope} has more than one *")
+    if len(op.range) == 0:
+        raise _broken(op, f"{op.range_name} {op.range} is empty: the body never runs")
+    # An empty scope says that the runs share their parameters; a written one promises parameters to each.
+    if isinstance(op, Call) and op.scope and "*" not in op.scope and len(op.range) > 1:
+        raise _broken(op, f"scope {op.scope} has no *: layers {op.range} would share their parameters")
+    if isinstance(op, ForEach):
+        _verify_experts(op, body)
+
+
+def _verify_experts(op: Loop, body: Function) -> None:
+    """An expert that no router names would have parameters that nothing reads."""
+    for slots in body.ops:
+        if not isinstance(slots, ExpertSlots) or slots.id not in body.args:
+            continue
+        routed = op.values[body.args.index(slots.id) - 1]
+        route = routed.op if isinstance(routed, OpResult) else None
+        if isinstance(route, Route):
+            experts = route.logits.type.shape[1]
+            if op.range.last >= experts:
+                raise _broken(
+                    op, f"experts {op.range}, but {routed.text} comes of a route among {experts}, from 0"
+                )
+
+
+def _verify_layers(function: Function) -> None:
+    """Calls that carry one cache run for different layers: else one would overwrite the other's entries."""
+    cache_of: dict[Value, Value] = {}  # each version of a cache to the first
+    seen: dict[Value, list[Loop]] = {}
+    for op in function.ops:
+        if not isinstance(op, Call):
+            continue
+        for before, after in zip(op.values, op.results, strict=False):  # the carried come first
+            if not isinstance(after.type, CacheType):
+                continue
+            first = cache_of[after] = cache_of.get(before, before)
+            for other in seen.setdefault(first, []):
+                if op.range.first <= other.range.last and other.range.first <= op.range.last:
+                    raise _broken(
+                        op,
+                        f"layers {op.range} carry {before.text}, which layers {other.range} of "
+                        f"@{other.callee} have written: the two overlap",
+                    )
+            seen[first].append(op)
+
+
+def _broken(op: Loop, message: str) -> IRError:
+    return IRError(f"{op.name} @{op.callee}: {message}", loc=op.loc)
 
 
 def _list(types: Iterable[Type]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from moec.ir.attrs import FLOAT
@@ -20,6 +22,8 @@ class RMSNorm(Op, name="rms_norm"):
     def infer(self) -> TensorType:
         x, w = self.tensor(self.x, min_rank=1), self.tensor(self.w, 1)
         self.same("K", x.shape[-1], self.x, w.shape[0], self.w)
+        if not 0.0 <= self.eps < math.inf:
+            raise self.mismatch(f"eps is {self.eps}: it must be 0 or more, and finite")
         return x
 
     def cost(self) -> Cost:

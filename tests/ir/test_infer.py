@@ -227,6 +227,16 @@ def test_what_does_not(name: str, change: dict[int | str, Any], message: str) ->
     assert str(caught.value) == f"error[M0203] {name}: {message}\n  --> model.py:41"
 
 
+@pytest.mark.parametrize(("eps", "good"), [(0.0, True), (1e-6, True), (-1e-6, False), (float("inf"), False)])
+def test_a_norms_eps_keeps_the_root_real(eps: float, good: bool) -> None:
+    operands, attrs, _ = GOOD["rms_norm"]
+    if good:
+        build("rms_norm", operands, attrs | {"eps": eps})
+    else:
+        with pytest.raises(TypeMismatch, match=f"eps is {eps}: it must be 0 or more"):
+            build("rms_norm", operands, attrs | {"eps": eps})
+
+
 def test_grouping_ends_where_rows_are_cut_or_joined() -> None:
     assert str(build("split", ["bf16[4~2,6]"], {"sizes": (1, 3), "axis": 0}).results[0].type) == "bf16[1,6]"
     assert str(build("concat", ["bf16[N~2,6]"] * 2, {"axis": 0}).results[0].type) == "bf16[2*N,6]"

@@ -182,7 +182,7 @@ end
 func @step(%c: cache<bf16[2,4], page=4>, %e: bf16[N,2,4], %s: i32[N], %n: i32[N//2]) -> ()
   param $codes: f8e4m3[8*N~4,64]@host
   param $experts.*.w: f8e4m3[256@ep,130]@s128x128
-  %c2 = call @body(%c, %e, %s) {layers=0..3, scope="a \\"b;{"} : cache<bf16[2,4], page=4>
+  %c2 = call @body(%c, %e, %s) {layers=0..3, scope="a \\"b;{.*"} : cache<bf16[2,4], page=4>
   %a, %b = split(%e) {axis=1, sizes=[1,1]} : bf16[N,1,4], bf16[N,1,4]
   %r = reshape(%a) {shape=[4*N]} : bf16[4*N]
   %o = prefix_sum(%n) : i32[N//2+1]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import IRError, ParseError
-from moec.ir import OPS, CacheType, DType, Range, TensorType
+from moec.ir import OPS, DType, Range, TensorType
 from moec.ir.attrs import BLOCK, FLOAT, INT, RANGE, STR, SYMBOL, Kind
 from moec.ir.types import DTYPES, Type, as_dim, bf16, f32, format_dim, i64, parse_dim, parse_type, symbol
 from tests.strategies_types import ATTRIBUTES, dims, tensor_types, types
@@ -135,12 +135,6 @@ def test_bytes_of_symbolic_shapes() -> None:
     assert TensorType(bf16, (N, 7168)).nbytes == 14336 * N
     assert TensorType(f4, (N, 3)).nbytes.subs(N, 3) == 5
     assert TensorType(f8, (N, 256), scale=(128, 128)).nbytes.subs(N, 130) == 130 * 256 + 4 * 2 * 2
-
-
-def test_a_cache_entry_s_bytes() -> None:
-    # DeepSeek-V3: 576 bf16 elements a token and layer; 61 layers: 70,272 B a token.
-    assert CacheType(bf16, (576,), 64).entry_bytes == 1152
-    assert 61 * CacheType(bf16, (576,), 64).entry_bytes == 70_272
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)

@@ -44,6 +44,9 @@ BROKEN = [
     ("%x, %c, %s, %t, %n) {", "%x, %c, %s, %t, %t) {", "to @layer, which takes"),
     ("layers.*", "layers.*.*", "scope layers.*.* has more than one *"),
     ("%x: f32[N,4], %c", "%x: f32[N+M,4], %c", "to @layer, which takes"),
+    ("0..3", "2..1", "call @layer: layers 2..1 is empty"),
+    ("layers.*", "layers", "call @layer: scope layers has no *: layers 0..3 would share their parameters"),
+    ("N<=8", "N<=0", "'N' <= 0 is no bound"),
 ]
 
 
@@ -59,6 +62,81 @@ def test_what_breaks_it(old: str, new: str, message: str) -> None:
     with pytest.raises(MoecError) as caught:
         verify(module)
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("layers=0..3, scope=layers.*", "layers=2..2, scope=layers"),
+        (", scope=layers.*", ""),
+        ("N<=8", "N<=1"),
+    ],
+)
+def test_what_does_not_break_it(old: str, new: str) -> None:
+    assert old in STEP
+    verify(parse_module(STEP.replace(old, new)))
+
+
+@pytest.mark.parametrize(("layers", "good"), [("4..5", True), ("3..5", False), ("0..0", False)])
+def test_calls_that_carry_one_cache_are_of_different_layers(layers: str, good: bool) -> None:
+    call = "%y, %d = call @layer(%x, %c, %s, %t, %n) {layers=0..3, scope=layers.*}"
+    again = f"%z, %e = call @layer(%y, %d, %s, %t, %n) {{layers={layers}, scope=layers.*}}"
+    types = f" : f32[N,4], {CACHE}"
+    assert call in STEP
+    text = STEP.replace(call, f"{call}{types}\n  {again}").replace("return %y, %d", "return %z, %e")
+    module = parse_module(text)
+    if good:
+        verify(module)
+    else:
+        with pytest.raises(IRError, match=f"layers {layers} carry %d, which layers 0..3 of @layer"):
+            verify(module)
+
+
+def test_calls_of_one_layer_with_caches_of_their_own() -> None:
+    text = f"""\
+moec.ir 1 module @m
+
+func @one(%layer: index, %a: {CACHE}) -> {CACHE}
+  return %a
+end
+
+func @step(%a: {CACHE}, %b: {CACHE}) -> ({CACHE}, {CACHE})
+  %c = call @one(%a) {{layers=0..3}} : {CACHE}
+  %d = call @one(%b) {{layers=0..3}} : {CACHE}
+  return %c, %d
+end
+"""
+    verify(parse_module(text))
+    with pytest.raises(IRError, match="the two overlap"):
+        verify(parse_module(text.replace("@one(%b)", "@one(%c)").replace("return %c", "return %b")))
+
+
+@pytest.mark.parametrize(("experts", "good"), [("0..3", True), ("1..2", True), ("0..4", False)])
+def test_a_loop_names_experts_that_the_router_knows(experts: str, good: bool) -> None:
+    module = parse_module(f"""\
+moec.ir 1 module @m sym={{T<=8}}
+
+func @expert(%expert: index, %acc: f32[T,4], %x: f32[T,4], %w: f32[T,2], %id: i32[T,2]) -> f32[T,4]
+  param $up: f32[4,4]
+  %slot = expert_slots(%id, %expert) : i32[R]
+  %rows = gather_rows(%x, %slot) {{per_row=2}} : f32[R,4]
+  %y = linear(%rows, $up) : f32[R,4]
+  %out = scatter_add(%acc, %y, %slot, %w) {{per_row=2}} : f32[T,4]
+  return %out
+end
+
+func @forward(%x: f32[T,4], %logits: f32[T,4]) -> f32[T,4]
+  %w, %id = route(%logits) {{k=2, score=softmax}} : f32[T,2], i32[T,2]
+  %acc = zeros_like(%x) {{dtype=f32}} : f32[T,4]
+  %y = for_each @expert(%acc, %x, %w, %id) {{experts={experts}, scope=experts.*}} : f32[T,4]
+  return %y
+end
+""")
+    if good:
+        verify(module)
+    else:
+        with pytest.raises(IRError, match=r"experts 0\.\.4, but %id comes of a route among 4, from 0"):
+            verify(module)
 
 
 def test_reading_before_the_write_is_right() -> None:
@@ -174,9 +252,10 @@ end
         verify(module)
     module.bounds["M"] = 3
     verify(module)
-    module.bounds["M"] = -1
-    with pytest.raises(IRError, match="'M' <= -1 is no bound"):
-        verify(module)
+    for bound in (0, -1):
+        module.bounds["M"] = bound
+        with pytest.raises(IRError, match=f"'M' <= {bound} is no bound"):
+            verify(module)
 
 
 def test_a_rewrite_that_leaves_stale_types_is_found() -> None:
