@@ -14,7 +14,7 @@ from moec.codegen.kernels import KERNELS, Inline, Templated, select
 from moec.codegen.render import Names, identifier, prose, quote, quote_format, render_python
 from moec.errors import IRError
 from moec.ir.graph import ENTRIES, Function, Module
-from moec.ir.op import Op, Param, Value
+from moec.ir.op import Op, OpResult, Param, Value
 from moec.ir.ops.control import Loop
 from moec.ir.ops.weights import Bind, Stack
 from moec.ir.types import STATE_TYPES
@@ -89,6 +89,8 @@ class FunctionEmitter:
         args += ["take", "bind"] if self.load_time else ["params"]
         for op in self.function.ops:
             self._op(op)
+            if self.load_time and not isinstance(op, Bind):
+                self._free(op)
         returns = [str(self._text(v)) for v in self.function.outputs if not isinstance(v.type, STATE_TYPES)]
         doc = describe(self.function, self.module, args[: len(self.function.args)])
         return PythonFunction(self.functions[self.function.name], args, doc, self.lines, returns)
@@ -117,6 +119,12 @@ class FunctionEmitter:
             self.lines.append(f"bind({quote(op.param)}, {operands[0]})")
         else:
             self._assign(op, *self._expression(op, operands))
+
+    def _free(self, op: Op) -> None:
+        """Forgets what ``op`` was the last to use: stacked experts are large, two stages of them larger."""
+        last = {v for v in op.operands if isinstance(v, OpResult) and self.function.users(v)[-1] is op}
+        if last:
+            self.lines.append(f"del {', '.join(sorted(self.names[v] for v in last))}")
 
     def _expression(self, op: Op, operands: list[Any]) -> tuple[str, list[str] | None]:
         """An expression and None, or a kernel's name and its arguments."""
