@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
@@ -36,7 +37,8 @@ class Checkpoint(Protocol):
 
 
 class Folder:
-    """``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists, memory-mapped.
+    """``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists, or every file
+    ``*.safetensors``: the first of these that is there, memory-mapped.
 
     Raises WeightsUnreadable for what can't be read, PickleRefused where there are pickled weights only.
     """
@@ -45,19 +47,29 @@ class Folder:
         self.folder = folder
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
+        self._listed: dict[str, str] = {}  # by an index
         for file in self._files():
             handle = self._open(file)
             for name in handle.keys():  # noqa: SIM118  no mapping
                 if name in self._file_of:
                     raise WeightsUnreadable(f"{name} is in both {self._file_of[name]} and {file} of {folder}")
                 self._file_of[name] = file
+        for name, file in self._listed.items():
+            if self._file_of.get(name) != file:
+                raise WeightsUnreadable(f"the index of {folder} says that {name} is in {file}, but it isn't")
 
     def _files(self) -> list[str]:
         if not self.folder.is_dir():
             raise WeightsUnreadable(f"{self.folder} is no folder")
         index = self.folder / "model.safetensors.index.json"
+        single = "model.safetensors"
+        alone = os.path.lexists(self.folder / single)
         if index.is_file():
-            return self._indexed(index)
+            listed = _read_index(index)
+            if not alone or single in listed.values():
+                return self._indexed(index, listed)
+        if alone:  # whatever lies beside it: an adapter, the index of shards that are gone
+            return [single]
         files = sorted(p.name for p in self.folder.glob("*.safetensors"))
         if files:
             return files
@@ -70,19 +82,20 @@ class Folder:
             )
         raise WeightsUnreadable(f"no *.safetensors in {self.folder}")
 
-    def _indexed(self, index: Path) -> list[str]:
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(listed.values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            raise WeightsUnreadable(f"{index} is no index of shards") from None
+    def _indexed(self, index: Path, listed: dict[str, str]) -> list[str]:
+        files = sorted(set(listed.values()))
         for file in files:
-            if not isinstance(file, str) or Path(file).name != file or not (self.folder / file).is_file():
+            if Path(file).name != file or not os.path.lexists(self.folder / file):
                 raise WeightsUnreadable(f"{index} lists {file}, which isn't there")
+        self._listed = listed
         return files
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:
+            path = self.folder / file
+            if not path.is_file():
+                kind = "a folder" if path.is_dir() else "a link to nothing"
+                raise WeightsUnreadable(f"{path} is {kind}, no safetensors file")
             try:
                 self._handles[file] = safe_open(self.folder / file, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -113,6 +126,17 @@ class Folder:
         return str(self.folder / self._file_of.get(name, ""))
 
 
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor. Raises WeightsUnreadable."""
+    try:
+        listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if all(isinstance(file, str) for file in listed.values()):
+            return listed
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        pass
+    raise WeightsUnreadable(f"{index} is no index of shards")
+
+
 class InMemory:
     """Tensors of the caller's."""
 
@@ -120,6 +144,9 @@ class InMemory:
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                 raise BadInput(f"weights map names to tensors, not {name!r} to {type(tensor).__name__}")
+            if tensor.is_meta or tensor.layout != torch.strided:
+                what = "is on the meta device: it holds no values" if tensor.is_meta else "is not dense"
+                raise BadInput(f"weights: {name} {what}")
         self._tensors = tensors
 
     def names(self) -> Iterable[str]:
@@ -178,6 +205,8 @@ class Random:
 
 def open_checkpoint(weights: Any, entries: Iterable[dict[str, Any]]) -> Checkpoint:
     """``weights`` as ``moec.load`` takes it: a folder, a mapping, or ``random:SEED``."""
+    if isinstance(weights, str) and weights == "random" and not Path(weights).is_dir():
+        raise BadInput("weights='random': random weights have a seed, as in 'random:0'")
     if isinstance(weights, str) and weights.startswith("random:"):
         seed = weights.removeprefix("random:")
         if not seed.isdecimal() or int(seed) >= 2**31:
@@ -185,7 +214,7 @@ def open_checkpoint(weights: Any, entries: Iterable[dict[str, Any]]) -> Checkpoi
         return Random(int(seed), entries)
     if isinstance(weights, Mapping):
         return InMemory(weights)
-    if isinstance(weights, str | Path):
+    if isinstance(weights, str | os.PathLike):
         path = Path(weights)
         if path.is_file() and any(path.match(p) for p in PICKLES):
             raise PickleRefused(

@@ -17,7 +17,6 @@ DTYPES: dict[str, torch.dtype] = {
     "u8": torch.uint8,
     "bool": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # As a safetensors header spells them.
 SAFETENSORS: dict[str, torch.dtype] = {
     "F64": torch.float64,
