@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 
 from moec.errors import BadInput
@@ -51,6 +52,8 @@ class Batch:
             ("cu_seqlens", "C"),
         ):
             tensor = getattr(self, field)
+            if not isinstance(tensor, torch.Tensor):
+                raise BadInput(f"batch.{field} must be a tensor, not {type(tensor).__name__}")
             if tensor.dtype != _DTYPES[field] or tensor.dim() != len(dims):
                 raise BadInput(
                     f"batch.{field} must be {_DTYPES[field]} of rank {len(dims)}, not {describe(tensor)}"
@@ -68,8 +71,9 @@ class Batch:
     def check(self, vocab: int | None, max_positions: int, pages: int | None, page: int | None) -> None:
         """Raises BadInput where values are out of range: what a kernel would read or write elsewhere.
 
-        Without a vocabulary or a cache, what would index it isn't looked at. Tokens beyond ``cu_seqlens[-1]``
-        belong to no sequence; their slot is -1.
+        Without a vocabulary or a cache, what would index it isn't looked at. With a cache, a sequence's new
+        tokens are its last ones, and each goes where its block table says, to a slot of its own, or nowhere.
+        Tokens beyond ``cu_seqlens[-1]`` belong to no sequence; their slot is -1.
         """
         tokens = len(self.ids)
         if vocab is not None:
@@ -82,15 +86,46 @@ class Batch:
         if pages is None or page is None:
             return
         _within("slot_mapping", self.slot_mapping, -1, pages * page)
-        if bool((self.slot_mapping[int(self.cu_seqlens[-1]) :] >= 0).any()):
+        owned = int(self.cu_seqlens[-1])
+        if owned < tokens and bool((self.slot_mapping[owned:] >= 0).any()):
             raise BadInput("batch.slot_mapping gives a slot to a token that no sequence owns")
-        _within("seq_lens", self.seq_lens, 0, self.block_table.shape[1] * page + 1)
+        width = self.block_table.shape[1]
+        _within("seq_lens", self.seq_lens, 0, min(width * page, max_positions) + 1)
         if bool((self.seq_lens < counts).any()):
             raise BadInput(
                 "batch.seq_lens must count the new tokens too: one is less than those of cu_seqlens"
             )
-        used = torch.arange(self.block_table.shape[1]) * page < self.seq_lens[:, None]
+        used = torch.arange(width, device=self.seq_lens.device) * page < self.seq_lens[:, None]
         _within("block_table", self.block_table[used], 0, pages)
+        if owned:
+            self._check_places(owned, page)
+
+    def _check_places(self, owned: int, page: int) -> None:
+        """Raises BadInput where a token isn't where its sequence has it: what attention reads was written.
+
+        In NumPy, whose calls cost a third of PyTorch's on a few numbers: this runs in every decode step.
+        """
+        positions, cu_seqlens, seq_lens, block_table, slots = (
+            tensor.numpy(force=True)
+            for tensor in (
+                self.positions[:owned],
+                self.cu_seqlens,
+                self.seq_lens,
+                self.block_table,
+                self.slot_mapping[:owned],
+            )
+        )
+        ends = cu_seqlens[1:]
+        sequence = np.repeat(np.arange(len(ends)), ends - cu_seqlens[:-1])
+        if not np.array_equal(positions, np.arange(owned) + (seq_lens - ends)[sequence]):
+            raise BadInput("batch.positions must be each sequence's last ones, to seq_lens - 1")
+        kept = block_table[sequence, positions // page] * np.int64(page) + positions % page
+        if ((slots != kept) & (slots >= 0)).any():
+            raise BadInput("batch.slot_mapping gives a token another slot than its block table does")
+        if owned > 1:
+            slots = np.sort(slots)
+            if ((slots[1:] == slots[:-1]) & (slots[1:] >= 0)).any():
+                raise BadInput("batch.slot_mapping gives two tokens the same slot")
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In the order in which ``@step`` takes them."""

@@ -12,6 +12,7 @@ from moec.errors import BadInput
 from moec.runtime.batch import describe, next_batch
 from moec.runtime.cache import CachedSequence, KVCache
 from moec.runtime.sampling import Sampling
+from moec.runtime.values import whole, wholes
 
 if TYPE_CHECKING:
     from moec.runtime.model import LanguageModel
@@ -27,6 +28,8 @@ class Prompts:
     @staticmethod
     def of(given: Any, vocab: int, max_positions: int, new_tokens: int) -> Prompts:
         """Raises BadInput: no prompts, an empty one, ids outside the vocabulary, too many positions."""
+        if hasattr(given, "__array_interface__"):  # NumPy's
+            given = _tensor(given)
         rectangular = isinstance(given, torch.Tensor)
         if isinstance(given, torch.Tensor):
             if given.dim() != 2 or given.dtype not in (torch.int64, torch.int32):
@@ -50,9 +53,18 @@ def _row(number: int, prompt: Any) -> list[int]:
         if prompt.dim() != 1 or prompt.dtype not in (torch.int64, torch.int32):
             raise BadInput(f"prompt {number} must be int64 [T], not {describe(prompt)}")
         return [int(i) for i in prompt.tolist()]
-    if not isinstance(prompt, Sequence) or not all(isinstance(i, int) for i in prompt):
+    if hasattr(prompt, "__array_interface__"):
+        return _row(number, _tensor(prompt))
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
         raise BadInput(f"prompt {number} must be a 1-D tensor or a list of ids")
-    return list(prompt)
+    return [whole(f"a token id of prompt {number}", i) for i in prompt]
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(array)
+    except TypeError:
+        raise BadInput(f"input_ids holds an array of {array.dtype}, not of token ids") from None
 
 
 def _check(number: int, row: list[int], vocab: int, max_positions: int, new_tokens: int) -> None:
@@ -80,15 +92,16 @@ class Generation:
         max_new_tokens: int,
         sampling: Sampling,
         seed: int,
-        eos: int | Sequence[int] | None,
+        eos: Any,
         cache: KVCache,
     ) -> None:
         self.model, self.prompts, self.sampling = model, prompts, sampling
         self.max_new_tokens = max_new_tokens
-        self.eos = {eos} if isinstance(eos, int) else set(eos or ())
+        self.eos = set(wholes("eos_token_id", eos))
         self.new: list[list[int]] = [[] for _ in prompts.ids]
         self.cache = cache
         self.sequences = [CachedSequence(cache) for _ in prompts.ids]
+        seed = whole("seed", seed)
         self.generators = [_generator(seed, number) for number in range(len(prompts.ids))]
 
     def __iter__(self) -> Iterator[list[int | None]]:

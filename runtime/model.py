@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moec.runtime.dtypes import DTYPES
 from moec.runtime.generate import Generation, Prompts
 from moec.runtime.package import Package
 from moec.runtime.sampling import Sampling
+from moec.runtime.values import whole
 from moec.runtime.weights import Progress, Weights, load_weights
 
 
@@ -32,6 +34,15 @@ class Loaded:
     def new_cache(self, tokens: int) -> KVCache:
         """A cache with room for ``tokens`` tokens of one sequence, or as many pages shared by several."""
         return KVCache(self.cache_specs, max(1, -(-tokens // self.page)), self.device)
+
+    def _fitting(self, batch: Any, cache: Any) -> None:
+        """Raises BadInput for what is no batch, no cache, or a cache that holds another model's entries."""
+        if not isinstance(batch, Batch):
+            raise BadInput(f"batch must be a moec.Batch, not {type(batch).__name__}")
+        if not isinstance(cache, KVCache):
+            raise BadInput(f"cache must be one that new_cache made, not {type(cache).__name__}")
+        if cache.specs != self.cache_specs:
+            raise BadInput(f"the cache is another model's: {self.name} keeps other entries, or other layers'")
 
     @property
     def page(self) -> int:
@@ -75,6 +86,10 @@ class LayerModel(Loaded):
             raise BadInput(f"{self.name} uses {', '.join(inputs)}: forward needs a batch")
         if caches and cache is None:
             raise BadInput(f"{self.name} keeps a KV cache: forward needs one, as new_cache makes it")
+        if batch is not None and not isinstance(batch, Batch):
+            raise BadInput(f"batch must be a moec.Batch, not {type(batch).__name__}")
+        if batch is not None and cache is not None:
+            self._fitting(batch, cache)
         if batch is not None:
             if len(batch.ids) != tokens:
                 raise BadInput(f"x has {tokens} rows, the batch {len(batch.ids)} tokens")
@@ -96,6 +111,7 @@ class LanguageModel(Loaded):
 
     def hidden(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """One step's final hidden states [N, hidden]; the batch's entries are in the cache afterwards."""
+        self._fitting(batch, cache)
         batch.check(self.vocab, self.max_positions, cache.pages, cache.page)
         pages = [cache.tensors[spec.name] for spec in self.cache_specs]
         with torch.inference_mode():
@@ -111,12 +127,14 @@ class LanguageModel(Loaded):
     def step(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits [B, vocab] of each sequence's last token; the new tokens' entries go into ``cache``.
 
-        Every sequence must have a new token. Raises BadInput, also for ids, pages or slots out of range.
+        A sequence without a new token, as engines pad a batch to a fixed size, gets a row that means nothing.
+        Raises BadInput, also for ids, pages or slots out of range, and where no sequence has a new token.
         """
-        if bool((batch.cu_seqlens.diff() < 1).any()):
-            raise BadInput("a sequence of the batch has no new token, so it has no next one")
-        last = batch.cu_seqlens[1:].long() - 1
-        return self.head(self.hidden(batch, cache)[last])
+        h = self.hidden(batch, cache)
+        if len(batch.seq_lens) and not len(h):
+            raise BadInput("no sequence of the batch has a new token")
+        last = (batch.cu_seqlens[1:].long() - 1).clamp(min=0)
+        return self.head(h[last])
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, vocab] of ids [B, T] int64; no cache is kept. Raises BadInput."""
@@ -179,8 +197,9 @@ class LanguageModel(Loaded):
         seed: int,
         eos_token_id: int | Sequence[int] | None,
     ) -> Generation:
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-            raise BadInput(f"max_new_tokens is {max_new_tokens!r}; it must be a number, 0 or more")
+        max_new_tokens = whole("max_new_tokens", max_new_tokens)
+        if max_new_tokens < 0:
+            raise BadInput(f"max_new_tokens is {max_new_tokens}; it must be a number, 0 or more")
         prompts = Prompts.of(input_ids, self.vocab, self.max_positions, max_new_tokens)
         tokens = sum(len(ids) + max_new_tokens + self.page for ids in prompts.ids)
         sampling = Sampling(temperature, top_k, top_p)
@@ -188,9 +207,9 @@ class LanguageModel(Loaded):
 
 
 def load(
-    package: str | Path,
+    package: str | PathLike[str],
     weights: Any,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     *,
     verify: bool = True,
     progress: Progress | None = None,
@@ -202,9 +221,16 @@ def load(
     verify    checks every file's hash before any is run; turn it off for a package that you edited
     progress  called with (parameters done, parameters in all) as they are loaded
 
-    Loading runs the package's Python code. Raises NotAPackage, PackageTampered, DeviceUnavailable, and the
-    errors of ``load_weights``.
+    Loading runs the package's Python code. A tensor of a mapping that has the model's dtype already, and that
+    the package uses as it is, is shared, not copied: changing it in place changes the model. Raises BadInput,
+    NotAPackage, PackageTampered, DeviceUnavailable, and the errors of ``load_weights``.
     """
+    if not isinstance(package, str | PathLike):
+        raise BadInput(f"package is a folder or what build returned, not {type(package).__name__}")
+    if isinstance(device, torch.device):
+        device = device.type
+    elif not isinstance(device, str | None):
+        raise BadInput(f"device is {device!r}; it must be a name, as 'cpu'")
     opened = Package(Path(package), verify)
     target = opened.manifest["target"]
     device = device or opened.manifest["device"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moec.errors import BadInput
+from moec.runtime.values import number, whole
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", number("temperature", self.temperature))
+        object.__setattr__(self, "top_k", whole("top_k", self.top_k))
+        object.__setattr__(self, "top_p", number("top_p", self.top_p))
         if not 0.0 <= self.temperature < float("inf"):
             raise BadInput(f"temperature is {self.temperature}; it must be 0 or more")
         if self.top_k < 0:

@@ -140,7 +140,18 @@ def check(batch: Batch) -> None:
 
 def test_a_good_batch_passes() -> None:
     check(Batch(**fields()))
-    check(Batch(**fields(slot_mapping=torch.tensor([0, -1, 2, 11]))))
+    check(Batch(**fields(slot_mapping=torch.tensor([0, -1, 2, -1]))))
+
+
+def test_sequences_may_share_the_pages_of_a_common_beginning() -> None:
+    shared = {"block_table": i32([2, 0], [2, 1]), "slot_mapping": torch.tensor([-1, -1, -1, 4])}
+    check(Batch(**fields(**shared)))
+
+
+@pytest.mark.parametrize("field", list(fields()))
+def test_a_field_that_is_no_tensor(field: str) -> None:
+    with pytest.raises(BadInput, match=rf"batch\.{field} must be a tensor, not list"):
+        Batch(**fields(**{field: fields()[field].tolist()}))
 
 
 @pytest.mark.parametrize("field", list(fields()))
@@ -172,6 +183,21 @@ def i32(*values: Any) -> torch.Tensor:
         ({"seq_lens": i32(2, 5)}, "count the new tokens"),
         ({"seq_lens": i32(3, 9)}, "seq_lens holds 9"),
         ({"seq_lens": i32(3, -1)}, "seq_lens holds -1"),
+        ({"seq_lens": i32(3, 7)}, "seq_lens holds 7, not in 0..6"),  # positions end at 6, pages at 8
+        ({"seq_lens": i32(4, 5)}, "positions must be each sequence's last"),
+        ({"positions": torch.tensor([0, 2, 1, 4])}, "positions must be each sequence's last"),
+        ({"positions": torch.tensor([0, 1, 2, 3])}, "positions must be each sequence's last"),
+        ({"slot_mapping": torch.tensor([0, 1, 2, 11])}, "another slot than its block table"),
+        ({"slot_mapping": torch.tensor([0, 2, 1, 4])}, "another slot than its block table"),
+        (
+            {
+                "positions": torch.tensor([0, 1, 2, 1]),
+                "seq_lens": i32(3, 2),
+                "block_table": i32([0, 99], [0, 1]),
+                "slot_mapping": torch.tensor([0, 1, 2, 1]),
+            },
+            "two tokens the same slot",
+        ),
         ({"block_table": i32([0, 99], [2, 3])}, "block_table holds 3"),
         ({"block_table": i32([-1, 99], [2, 1])}, "block_table holds -1"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,6 +164,32 @@ def test_forms_of_prompts(model: LanguageModel) -> None:
         assert lists(found) == want
 
 
+def test_arguments_of_other_libraries(model: LanguageModel) -> None:
+    want = lists(
+        model.generate([[1, 2]], 3, temperature=0.5, top_k=9, top_p=0.5, seed=7, eos_token_id=[5, 6])
+    )
+    for ids in (np.array([[1, 2]]), [np.array([1, 2], dtype=np.int32)], [[np.int64(1), np.uint8(2)]]):
+        for eos in (torch.tensor([5, 6]), np.array([5, 6]), {5, 6}, (np.int64(5), torch.tensor(6))):
+            found = model.generate(
+                ids,
+                np.int64(3),
+                temperature=np.float32(0.5),
+                top_k=torch.tensor(9),
+                top_p=np.float64(0.5),
+                seed=np.uint32(7),
+                eos_token_id=eos,
+            )
+            assert lists(found) == want
+            assert isinstance(found, torch.Tensor) == isinstance(ids, np.ndarray)
+
+
+def test_one_end_token_in_any_form(model: LanguageModel) -> None:
+    (row,) = lists(model.generate([[1, 2]], 4))
+    end = row[2]
+    for eos in (end, np.int64(end), torch.tensor(end), torch.tensor([end]), np.array([end]), [end]):
+        assert lists(model.generate([[1, 2]], 4, eos_token_id=eos)) == [row[:3]]
+
+
 # Wrong input.
 BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "none": ([], "no prompt"),
@@ -180,6 +207,10 @@ BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "text": ("hello", "not str"),
     "a list of texts": (["hello"], "prompt 0"),
     "fractions": ([[1.5]], "prompt 0"),
+    "flags": ([[True]], "prompt 0"),
+    "an array of floats": (np.zeros((1, 2)), "not float64"),
+    "an array of texts": (np.array([["a"]]), "array of <U1"),
+    "a prompt in an array of floats": ([np.zeros(2)], "prompt 0"),
     "nothing": (None, "not NoneType"),
     "too long": ([[1] * 255], "prompt 0 has 255 tokens; with 2 new ones that is more than the 256 positions"),
 }
@@ -204,9 +235,23 @@ def test_as_long_as_the_model_allows(model: LanguageModel) -> None:
         {"max_new_tokens": -1},
         {"max_new_tokens": 2.5},
         {"max_new_tokens": None},
+        {"max_new_tokens": True},
         {"temperature": -1.0},
+        {"temperature": "a"},
+        {"temperature": "0.5"},
+        {"temperature": None},
+        {"temperature": torch.tensor([0.1, 0.2])},
         {"top_p": 0.0},
+        {"top_p": None},
         {"top_k": -2},
+        {"top_k": 1.5},
+        {"top_k": None},
+        {"seed": 1.5},
+        {"seed": None},
+        {"eos_token_id": "a"},
+        {"eos_token_id": 1.0},
+        {"eos_token_id": [1, "b"]},
+        {"eos_token_id": torch.tensor([1.5])},
     ],
     ids=str,
 )

@@ -118,5 +118,9 @@ def test_what_a_layer_with_a_cache_lacks(attention: LayerModel) -> None:
         attention(randn(2, HIDDEN))
     with pytest.raises(BadInput, match="keeps a KV cache"):
         attention(randn(2, HIDDEN), batch)
+    with pytest.raises(BadInput, match=r"batch must be a moec\.Batch, not list"):
+        attention(randn(2, HIDDEN), [0, 0], cache)
+    with pytest.raises(BadInput, match="cache must be one that new_cache made, not dict"):
+        attention(randn(2, HIDDEN), batch, cache.tensors)
     with pytest.raises(BadInput, match="x has 3 rows, the batch 2 tokens"):
         attention(randn(3, HIDDEN), batch, cache)

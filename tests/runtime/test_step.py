@@ -146,11 +146,39 @@ def test_ids_outside_the_vocabulary(token: int, model: LanguageModel) -> None:
         model.step(next_batch([CachedSequence(cache)], [[1, token]]), cache)
 
 
-def test_a_sequence_without_a_new_token(model: LanguageModel) -> None:
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_padded_sequences_change_nothing(place: int, model: LanguageModel, windowed: LanguageModel) -> None:
+    """Sequences without a new token, as engines pad to a fixed size: the others' rows are as ever."""
+    for tested in (model, windowed):
+        new = [[1, 2, 3], [4]]
+        want = run(tested, new)[0]
+        cache = poisoned(tested)
+        sequences = [CachedSequence(cache) for _ in range(3)]
+        new.insert(place, [])
+        logits = tested.step(next_batch(sequences, new), cache)
+        assert logits.shape == (3, VOCAB)
+        same(torch.cat([logits[:place], logits[place + 1 :]]), want)
+
+
+def test_a_batch_without_any_new_token(model: LanguageModel) -> None:
     cache = poisoned(model)
-    sequences = [CachedSequence(cache), CachedSequence(cache)]
-    with pytest.raises(BadInput, match="no new token"):
-        model.step(next_batch(sequences, [[1], []]), cache)
+    with pytest.raises(BadInput, match="no sequence of the batch has a new token"):
+        model.step(next_batch([CachedSequence(cache)], [[]]), cache)
+
+
+def test_another_model_s_cache(model: LanguageModel, windowed: LanguageModel) -> None:
+    cache = poisoned(windowed)
+    with pytest.raises(BadInput, match="cache is another model's"):
+        model.step(next_batch([CachedSequence(cache)], [[1]]), cache)
+
+
+def test_what_is_no_batch_or_no_cache(model: LanguageModel) -> None:
+    cache = poisoned(model)
+    batch = next_batch([CachedSequence(cache)], [[1]])
+    with pytest.raises(BadInput, match=r"batch must be a moec\.Batch, not dict"):
+        model.step({"ids": batch.ids}, cache)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="cache must be one that new_cache made, not NoneType"):
+        model.step(batch, None)  # type: ignore[arg-type]
 
 
 def test_a_batch_for_another_cache(model: LanguageModel) -> None:
