@@ -33,6 +33,9 @@ def staging(out: Path, force: bool) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     check_output(out, force)
+    above = next(folder for folder in out.parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise OutputUnwritable(f"can't write {out}: {above} is no folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -56,10 +59,10 @@ def check_output(out: Path, force: bool) -> None:
     if not out.is_dir():
         raise OutputExists(f"{out} exists and is no folder")
     if any(out.iterdir()):
+        if not (out / "manifest.json").is_file():
+            raise OutputExists(f"{out} exists and is not a package; choose another folder")
         if not force:
             raise OutputExists(f"{out} exists; --force replaces it")
-        if not (out / "manifest.json").is_file():
-            raise OutputExists(f"{out} is not a package; --force replaces packages only")
 
 
 def _swap(aside: Path, out: Path) -> None:
@@ -101,6 +104,8 @@ def write_package(
         **manifest_tensors(module),
         "files": {f.relative_to(folder).as_posix(): _digest(f) for f in _hashed(folder)},
     }
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    manifest["digest"] = hashlib.sha256(canonical.encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 

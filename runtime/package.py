@@ -12,21 +12,14 @@ from types import ModuleType
 from typing import Any
 
 from moec.errors import NotAPackage, PackageTampered
+from moec.runtime.manifest import flaw, seal
 
 FORMAT = 1
 # Files that Python would run: none may stand in a package beside those that were built.
 _CODE = {".py", ".pyc", ".pyd", ".so"}
-_NEEDED = (
-    "files",
-    "name",
-    "target",
-    "device",
-    "dtype",
-    "entries",
-    "caches",
-    "parameters",
-    "checkpoint",
-    "ignored",
+_EDITED = (
+    "a package is code that runs when loaded: build it again, "
+    "or run your edited one: --allow-edited, load(..., verify=False)"
 )
 _numbers = itertools.count()
 
@@ -48,6 +41,10 @@ class Package:
 
     def _verify(self) -> None:
         listed = self.manifest["files"]
+        if self.manifest != seal(self.manifest):
+            raise PackageTampered(
+                f"{self.folder / 'manifest.json'} isn't the manifest that was built", notes=[_EDITED]
+            )
         for name, digest in listed.items():
             file = self.folder / name
             if not file.is_file():
@@ -55,9 +52,7 @@ class Package:
             if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
                 raise PackageTampered(
                     f"{file} isn't the file that was built: its hash is not the manifest's",
-                    notes=[
-                        "a package is code that runs when loaded: build it again, or load(..., verify=False)"
-                    ],
+                    notes=[_EDITED],
                 )
         for file in self.folder.rglob("*"):
             if file.suffix in _CODE and file.relative_to(self.folder).as_posix() not in listed:
@@ -86,9 +81,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise NotAPackage(
             f"{folder} has package format {found}; this moec reads format {FORMAT}: build it again"
         )
-    for key in _NEEDED:
-        if key not in manifest:
-            raise NotAPackage(f"{path} has no {key!r}: build the package again")
+    wrong = flaw(manifest)
+    if wrong is not None:
+        raise NotAPackage(f"{path} {wrong}: build the package again")
     return dict(manifest)
 
 

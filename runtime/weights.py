@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moec.errors import WeightsExtra, WeightsMisshapen, WeightsMissing
+from moec.errors import NotAPackage, WeightsExtra, WeightsMisshapen, WeightsMissing
 from moec.runtime.checkpoint import Checkpoint, expand
 from moec.runtime.dtypes import DTYPES
 
@@ -48,7 +48,13 @@ class Take:
 
     def __call__(self, name: str) -> torch.Tensor:
         full = self._scope + name
+        if full not in self._dtypes:
+            raise _disagree(full)
         return self._checkpoint.tensor(full).to(self._dtypes[full])
+
+
+def _disagree(name: str) -> NotAPackage:
+    return NotAPackage(f"the package's load program and its manifest disagree: only one has {name}")
 
 
 class Bind:
@@ -81,7 +87,9 @@ def load_weights(
     weights = Weights()
 
     def done(name: str, tensor: torch.Tensor) -> None:
-        entry = parameters[name]
+        entry = parameters.get(name)
+        if entry is None:
+            raise _disagree(name)
         if list(tensor.shape) != entry["shape"]:
             raise WeightsMisshapen(f"{name} became {list(tensor.shape)}, not {entry['shape']}")
         weights[name] = tensor.to(DTYPES[entry["dtype"]]).contiguous()

@@ -14,6 +14,7 @@ import moec
 from moec import models
 from moec.check import token_errors, verify_package
 from moec.errors import BadOption
+from moec.runtime.manifest import seal
 
 from .conftest import Cli
 
@@ -53,7 +54,7 @@ def plant(package: Path, name: str, old: str, new: str) -> None:
     file.write_text(source.replace(old, new))
     manifest = json.loads((package / "manifest.json").read_text())
     manifest["files"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (package / "manifest.json").write_text(json.dumps(manifest))
+    (package / "manifest.json").write_text(json.dumps(seal(manifest)))
 
 
 @pytest.mark.parametrize(("kernel", "old", "new"), MISTAKES)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import moec
-from moec.errors import DeviceUnavailable, NotAPackage, PackageTampered
+from moec.errors import BadInput, DeviceUnavailable, NotAPackage, PackageTampered
+from moec.runtime.manifest import seal
 from moec.runtime.package import Package, read_manifest
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
@@ -161,9 +162,14 @@ def test_a_manifest_that_is_no_text(copy: Path) -> None:
         moec.load(copy, "random:0")
 
 
+LACKING = object()
+
+
 def edit(copy: Path, **changes: Any) -> None:
+    """Changes fields of the manifest, and its digest with them."""
     manifest = read_manifest(copy) | changes
-    (copy / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+    manifest = {k: v for k, v in manifest.items() if v is not LACKING}
+    (copy / "manifest.json").write_text(json.dumps(seal(manifest)))
 
 
 @pytest.mark.parametrize("found", [0, 2, "1", 1.5])
@@ -175,7 +181,7 @@ def test_another_format_is_refused_with_advice(found: Any, copy: Path) -> None:
 
 @pytest.mark.parametrize("key", ["entries", "target", "checkpoint", "dtype", "ignored"])
 def test_a_manifest_that_lacks_something(key: str, copy: Path) -> None:
-    edit(copy, **{key: None})
+    edit(copy, **{key: LACKING})
     with pytest.raises(NotAPackage, match=key):
         moec.load(copy, "random:0")
 
@@ -192,6 +198,81 @@ def test_files_that_the_manifest_forgets(copy: Path) -> None:
         moec.load(copy, "random:0")
 
 
+def test_the_builder_seals_as_the_runtime_does(package: moec.Built, layer_package: Path) -> None:
+    for folder in (package.path, layer_package):
+        written = json.loads((folder / "manifest.json").read_text())
+        assert seal(written) == written
+        assert seal(written | {"name": "other"})["digest"] != written["digest"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab": 9999}, {"name": "other"}, {"max_positions": 1}, {"device": "cuda"}, {"eos": [3]}]
+)
+def test_a_changed_manifest_is_refused(change: dict[str, Any], package: moec.Built, tmp_path: Path) -> None:
+    copy = shutil.copytree(package.path, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(PackageTampered, match=r"manifest\.json isn't the manifest that was built"):
+        moec.load(copy, "random:0")
+    (copy / "manifest.json").write_text(json.dumps(manifest, indent=3, sort_keys=True))
+    moec.load(copy, "random:0")  # what it says is what counts
+
+
+CACHE = {"name": "kv", "dtype": "f32", "entry": [2, 4], "page": 16, "layers": [0]}
+TENSOR = {"name": "a.*", "ranges": [[0, 1]], "dtype": "f32", "shape": [2], "bound": True, "kind": "matrix"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("caches", 3),
+        ("caches", [CACHE | {"page": "x"}]),
+        ("caches", [CACHE | {"page": 0}]),
+        ("caches", [CACHE | {"dtype": "zz"}]),
+        ("caches", [CACHE | {"more": 1}]),
+        ("caches", [{"name": "kv"}]),
+        ("vocab", None),
+        ("vocab", "256"),
+        ("max_positions", None),
+        ("parameters", [TENSOR | {"dtype": "zz"}]),
+        ("parameters", [TENSOR | {"ranges": []}]),
+        ("parameters", [TENSOR | {"ranges": [[0]]}]),
+        ("parameters", {}),
+        ("checkpoint", None),
+        ("checkpoint", [TENSOR | {"shape": 3}]),
+        ("checkpoint", [TENSOR | {"name": 3}]),
+        ("ignored", [["(", "x"]]),
+        ("ignored", ["x"]),
+        ("name", 3),
+        ("dtype", "q"),
+        ("dtype", ["f32"]),
+        ("hidden", True),
+        ("entries", []),
+        ("entries", {"step": 3}),
+        ("files", {"a": 1}),
+        ("eos", 1),
+        ("digest", 7),
+    ],
+)
+def test_a_field_of_the_wrong_type(field: str, value: Any, package: moec.Built, tmp_path: Path) -> None:
+    copy = shutil.copytree(package.path, tmp_path / "copy")
+    manifest = seal(json.loads((copy / "manifest.json").read_text()) | {field: value})
+    manifest |= {"digest": value} if field == "digest" else {}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    for verify in (True, False):
+        with pytest.raises(NotAPackage, match=rf"manifest\.json .*'{field}'"):
+            moec.load(copy, "random:0", verify=verify)
+
+
+def test_a_manifest_that_agrees_with_itself_but_not_with_the_code(
+    package: moec.Built, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(package.path, tmp_path / "copy")
+    edit(copy, checkpoint=[])
+    with pytest.raises(NotAPackage, match="load program and its manifest disagree"):
+        moec.load(copy, "random:0")
+
+
 def test_a_file_that_verify_would_have_missed(copy: Path) -> None:
     (copy / "weights.py").unlink()
     with pytest.raises(NotAPackage, match=r"weights\.py is missing"):
@@ -203,6 +284,19 @@ def test_another_device_than_it_was_built_for(device: str, layer_package: Path) 
     with pytest.raises(DeviceUnavailable, match=f"built for cpu and can't run on {device!r}"):
         moec.load(layer_package, "random:0", device=device)
     assert moec.load(layer_package, "random:0", device="cpu")
+
+
+def test_a_device_of_pytorch_s(layer_package: Path) -> None:
+    assert moec.load(layer_package, "random:0", device=torch.device("cpu")).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [({"device": 3}, "device"), ({"package": None}, "package"), ({"package": 3}, "package")],
+)
+def test_arguments_of_the_wrong_type(given: dict[str, Any], name: str, layer_package: Path) -> None:
+    with pytest.raises(BadInput, match=f"^error.*{name} is"):
+        moec.load(**{"package": layer_package, "weights": "random:0"} | given)
 
 
 def test_module_names_are_never_used_again(layer_package: Path) -> None:
