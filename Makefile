@@ -69,10 +69,11 @@ define new-venv
 endef
 
 # $(call install,DIR,EXTRAS,CONSTRAINTS). PyPI's torch for Linux is the CUDA build, which pins a Triton and an NVRTC of
-# its own; when the tried set cannot be resolved, take those that torch brings.
+# its own; when the tried set cannot be resolved, take those that torch brings. editable_mode=compat puts the clone on
+# sys.path, where Python finds `import moec` even beside the clone, whose folder has that name too.
 define install
 @echo "installing moec[$(2)] into $(1) (about a minute)"
-@p="$(1)/bin/python -m pip install --quiet --disable-pip-version-check"; \
+@p="$(1)/bin/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat"; \
 $$p -c $(3) -e '.[$(2)]' 2>$(1)/install.log || { \
   grep -q 'ResolutionImpossible\|conflicting dependencies' $(1)/install.log || { cat $(1)/install.log >&2; exit 1; }; \
   echo "note: pip offers a torch that brings its own Triton and NVRTC; taking those instead of the tried ones"; \

@@ -124,7 +124,7 @@ def main() -> int:
     equal = verify(built)
     write(built, args.prompt, args.tokens)
     package, weights = shown(built.path), shown(CHECKPOINT)
-    heading("Next")
+    heading("Next" if shutil.which("moec") else "Next, after `. .venv/bin/activate`")
     print(f'   moec run {package} "import" --weights {weights} --temperature 0.5')
     print(f"   moec show {package} --function layer.moe        moec bench {package} --weights {weights}")
     print("   moec list models                                moec build deepseek-v3 --out build/deepseek-v3")
