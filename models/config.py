@@ -50,8 +50,30 @@ HARMLESS = frozenset(
         "use_cache",
     ]
 )
-# Fields that change what a model computes; moec refuses any value of them that isn't null, false or zero.
+# Fields that change what a model computes, refused by a family that doesn't read them unless they are null,
+# false, zero, empty or as NEUTRAL says.
 REFUSED = {
+    **dict.fromkeys(
+        ["num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"],
+        "a mixture of experts",
+    ),
+    **dict.fromkeys(["moe_intermediate_size", "mlp_only_layers"], "a mixture of experts"),
+    **dict.fromkeys(["n_shared_experts", "shared_expert_intermediate_size"], "shared experts"),
+    **dict.fromkeys(["n_group", "topk_group"], "a choice of experts within groups"),
+    **dict.fromkeys(["scoring_func", "topk_method"], "another choice of experts"),
+    **dict.fromkeys(["kv_lora_rank", "q_lora_rank", "o_lora_rank"], "latent attention"),
+    **dict.fromkeys(["sliding_window", "use_sliding_window"], "a sliding window"),
+    **dict.fromkeys(["attention_bias", "qkv_bias", "mlp_bias", "use_bias"], "a bias of linear layers"),
+    **dict.fromkeys(["qk_layernorm", "use_qk_norm"], "a norm of queries and keys"),
+    **dict.fromkeys(["hc_mult", "hc_sinkhorn_iters"], "hyper-connections"),
+    "rope_interleave": "RoPE over interleaved pairs",
+    "routed_scaling_factor": "a scale of the experts' weights",
+    "clip_qkv": "clamped queries, keys and values",
+    "swiglu_limit": "a clamped SwiGLU",
+    "swiglu_alpha": "a SwiGLU with a slope of its own",
+    "num_hash_layers": "routing by a hash of the token",
+    "compress_ratios": "compressed attention",
+    "use_parallel_residual": "attention and MLP side by side",
     "attn_logit_softcapping": "soft capping of attention scores",
     "final_logit_softcapping": "soft capping of logits",
     "logits_soft_cap": "soft capping of logits",
@@ -68,6 +90,13 @@ REFUSED = {
     "no_rope_layers": "layers without RoPE",
     "pruned_heads": "pruned heads",
     "adapter": "adapters",
+}
+# At these values they change nothing.
+NEUTRAL = {
+    **dict.fromkeys(["n_group", "topk_group", "routed_scaling_factor", "logit_scale", "logits_scaling"], 1),
+    **dict.fromkeys(["embedding_multiplier", "residual_multiplier"], 1),
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
 }
 
 
@@ -133,12 +162,17 @@ class Config:
             )
         return value
 
-    def number(self, *keys: str, default: Any = _REQUIRED, above: float = 0.0) -> Any:
+    def number(
+        self, *keys: str, default: Any = _REQUIRED, above: float = 0.0, least: float | None = None
+    ) -> Any:
+        """A finite number greater than ``above``, or of ``least`` or more where that is given."""
         value = self.get(*keys, default=default)
         if value is default and value is None:
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < 1e30:
-            raise self.contradiction(f"{self.path(keys[0])} must be a number above {above:g}, not {value!r}")
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and value < 1e30
+        if not fits or not (value > above if least is None else value >= least):
+            bound = f"above {above:g}" if least is None else f"of {least:g} or more"
+            raise self.contradiction(f"{self.path(keys[0])} must be a number {bound}, not {value!r}")
         return float(value)
 
     def flag(self, *keys: str, default: Any = _REQUIRED) -> bool:
@@ -162,12 +196,14 @@ class Config:
             raise self.contradiction(f"{self.path(key)} must be a list of {kind.__name__}, not {value!r}")
         return tuple(value)
 
-    def ids(self, key: str) -> tuple[int, ...]:
-        """A token id or several."""
+    def ids(self, key: str, vocab: int) -> tuple[int, ...]:
+        """A token id of a vocabulary, or several."""
         value = self.get(key, default=())
         found = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not all(_is_int(v) and v >= 0 for v in found):
             raise self.contradiction(f"{self.path(key)} must be a token id or a list of them, not {value!r}")
+        for id in found:
+            self.need(id < vocab, f"{self.path(key)} names {id}, but vocab_size is {vocab}")
         return found
 
     def section(self, key: str) -> Config | None:
@@ -184,15 +220,23 @@ class Config:
         self.read.update(keys)
 
     def finish(self) -> None:
-        """Refuses what would change the result unread, and warns of what is unknown."""
-        for key in self.data:
-            value = self.data[key]
-            if key in self.read or key in HARMLESS or value in (None, False, 0, [], {}):
+        """Refuses what would change the result unread, and warns of what is unknown.
+
+        In a section nothing is harmless: what is unknown there is refused too.
+        """
+        for key, value in self.data.items():
+            if key in self.read or value in (None, False, 0, [], {}):
+                continue
+            if self.where:
+                raise self.unsupported(f"{self.path(key)} is {value!r}, which means nothing to moec")
+            if key in HARMLESS or value == NEUTRAL.get(key):
                 continue
             if key in REFUSED:
-                raise self.unsupported(f"{self.path(key)} is {value!r}: {REFUSED[key]} isn't supported")
-            if not self.where:
-                warnings.warn(f"{self.file}: {key} is unknown to moec and was ignored", stacklevel=2)
+                kind = self.data.get("model_type")
+                raise self.unsupported(
+                    f"{key} is {value!r}: {REFUSED[key]} isn't supported in a {kind} model"
+                )
+            warnings.warn(f"{self.file}: {key} is unknown to moec and was ignored", stacklevel=2)
 
 
 def _is_int(value: Any) -> bool:
@@ -200,9 +244,18 @@ def _is_int(value: Any) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ConfigUnreadable."""
+    """The object in a JSON file, with or without a byte order mark. Raises ConfigUnreadable."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ConfigUnreadable(f"{name} is given twice", loc=SourceLoc(str(file), 0))
+            found[name] = value
+        return found
+
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except OSError as error:
         raise ConfigUnreadable(
             f"can't read it: {error.strerror or error}", loc=SourceLoc(str(file), 0)

@@ -62,5 +62,5 @@ def _with_generation_eos(model: Model, file: Path) -> Model:
     """generation_config.json, where there is one, says what ends a text: chat models add ids there."""
     if not file.exists():
         return model
-    eos = Config(read_json(file), str(file)).ids("eos_token_id")
+    eos = Config(read_json(file), str(file)).ids("eos_token_id", model.vocab)
     return replace(model, eos=eos) if eos else model

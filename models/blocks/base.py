@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +19,22 @@ from moec.ir import Builder, TensorType, Value
 
 _PACKAGE = str(Path(errors.__file__).parent) + os.sep
 _SKIPPED = ("dataclasses", "copy")  # `replace` and `copy` make blocks on somebody's behalf
+_LARGEST = 2**40  # of any size: products of several stay far from what IR text can hold
+
+_NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")  # of parameters and their scopes
+
+# Where blocks come from while a configuration is read: no line of code is the user's then.
+_source: ContextVar[SourceLoc | None] = ContextVar("_source", default=None)
+
+
+@contextmanager
+def made_from(loc: SourceLoc) -> Iterator[None]:
+    """Blocks that are made meanwhile come from ``loc``, not from the line of code that makes them."""
+    token = _source.set(loc)
+    try:
+        yield
+    finally:
+        _source.reset(token)
 
 
 def is_moecs(file: str) -> bool:
@@ -24,11 +43,18 @@ def is_moecs(file: str) -> bool:
 
 
 def users_line() -> SourceLoc | None:
-    """The nearest line outside moec: where the user wrote what is being made."""
+    """The nearest line outside moec, where the user wrote what is being made, or the configuration read.
+
+    None where the command line makes it: what is behind click is no line of the user's.
+    """
+    if (source := _source.get()) is not None:
+        return source
     frame = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if not is_moecs(file) and frame.f_globals.get("__name__") not in _SKIPPED:
+        file, name = frame.f_code.co_filename, str(frame.f_globals.get("__name__"))
+        if name.partition(".")[0] == "click":
+            return None
+        if not is_moecs(file) and name not in _SKIPPED:
             return SourceLoc(file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None
@@ -93,12 +119,82 @@ class Declared(metaclass=_DeclaredType):
         """Each of these fields is an integer of 1 or more."""
         for name in names:
             value = getattr(self, name)
-            fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            self.need(fits, f"{name} must be a positive integer, not {value!r}")
+            self.need(_is_int(value) and value > 0, f"{name} must be a positive integer, not {value!r}")
+            self.need(value <= _LARGEST, f"{name} must be an integer of 1 to {_LARGEST}, not {value}")
+
+    def need_natural(self, *names: str) -> None:
+        """Each of these fields is an integer of 0 or more."""
+        for name in names:
+            value = getattr(self, name)
+            fits = _is_int(value) and 0 <= value <= _LARGEST
+            self.need(fits, f"{name} must be an integer of 0 or more, not {value!r}")
+
+    def need_number(self, *names: str, above: float | None = None, least: float | None = None) -> None:
+        """Each of these fields is a finite number, greater than ``above``, at least ``least``."""
+        bound = (
+            f" above {above:g}"
+            if above is not None
+            else f" of {least:g} or more"
+            if least is not None
+            else ""
+        )
+        for name in names:
+            value = getattr(self, name)
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
+            fits = fits and (above is None or value > above) and (least is None or value >= least)
+            self.need(fits, f"{name} must be a finite number{bound}, not {value!r}")
+
+    def need_flag(self, *names: str) -> None:
+        """Each of these fields is True or False."""
+        for name in names:
+            value = getattr(self, name)
+            self.need(isinstance(value, bool), f"{name} must be True or False, not {value!r}")
+
+    def need_text(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self.need(isinstance(value, str), f"{name} must be a text, not {value!r}")
+
+    def need_name(self, *names: str, empty: bool = False) -> None:
+        """Each of these fields is a parameter's name or the beginning of one: ``mlp``, ``a.q_proj``."""
+        for name in names:
+            value = getattr(self, name)
+            fits = isinstance(value, str) and (is_name(value) or (empty and not value))
+            self.need(fits, f"{name} must be a name of letters, digits, _, - and single dots, not {value!r}")
+
+    def need_one_of(self, name: str, *words: str) -> None:
+        """The field is one of these words."""
+        value = getattr(self, name)
+        fits = isinstance(value, str) and value in words
+        self.need(fits, f"{name} is one of {', '.join(words)}, not {value!r}")
+
+    def need_regex(self, name: str, pattern: object) -> None:
+        """``pattern``, a part of the field ``name``, is a regular expression."""
+        self.need(isinstance(pattern, str), f"{name} must hold texts, not {pattern!r}")
+        try:
+            re.compile(str(pattern))
+        except (re.error, OverflowError, RecursionError) as error:
+            self.need(False, f"{pattern!r} in {name} is no regex: {error}")
+
+    def as_tuple(self, *names: str) -> None:
+        """Lists in these fields become tuples: a block must be hashable. For ``__post_init__``."""
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
 
     def need_a(self, name: str, kind: type) -> None:
         value = getattr(self, name)
         self.need(isinstance(value, kind), f"{name} must be a {kind.__name__}, not {value!r}")
+
+
+def is_name(text: str) -> bool:
+    """Whether a parameter, or what holds parameters, can be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Block(Declared):

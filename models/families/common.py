@@ -47,14 +47,15 @@ def norm_eps(c: Config, default: float = 1e-6) -> float:
 def model_fields(c: Config) -> dict[str, Any]:
     """What every Model takes from the config, beside its layers."""
     tied = c.flag("tie_word_embeddings", default=False)
+    vocab = c.integer("vocab_size")
     return {
-        "vocab": c.integer("vocab_size"),
+        "vocab": vocab,
         "hidden": c.integer("hidden_size"),
         "eps": norm_eps(c),
         "tied": tied,
         "dtype": _dtype(c),
         "max_positions": c.integer("max_position_embeddings"),
-        "eos": c.ids("eos_token_id"),
+        "eos": c.ids("eos_token_id", vocab),
         "name": c.name,
         "quantization": _quantization(c),
         "ignored": (ROTARY_BUFFERS, *([TIED_HEAD] if tied else [])),
@@ -85,7 +86,10 @@ def _quantization(c: Config) -> BlockFP8 | None:
         raise q.contradiction(
             f"{q.path('weight_block_size')} must be two positive integers, not {list(block)}"
         )
-    return BlockFP8((block[0], block[1]), keep=q.items("modules_to_not_convert", str))
+    q.allow("scale_fmt", [None, "ue8m0"], "this format of scales")  # ue8m0: powers of two, stored as fp32
+    how = BlockFP8((block[0], block[1]), keep=q.items("modules_to_not_convert", str))
+    q.finish()
+    return how
 
 
 def grouped_query_attention(c: Config, rope: RoPE | None = None, **family: Any) -> GQA:
@@ -117,8 +121,8 @@ def rotary(c: Config, layout: str = "half", theta: float = 10000.0) -> RoPE:
             _without_type(s) == _without_type(old), "rope_parameters and rope_scaling contradict each other"
         )
     s = s or old
-    outer = c.number("rope_theta", default=None)
-    inner = s.number("rope_theta", default=None) if s else None
+    outer = c.number("rope_theta", default=None, above=1.0)
+    inner = s.number("rope_theta", default=None, above=1.0) if s else None
     if outer is not None and inner is not None:
         c.need(outer == inner, f"rope_theta is {outer:g}, but {inner:g} in {s.where if s else ''}")
     plain: dict[str, Any] = {"theta": inner or outer or theta, "layout": layout}
@@ -162,25 +166,29 @@ def _plain(c: Config, s: Config, plain: dict[str, Any]) -> RoPE:
 
 
 def _linear(c: Config, s: Config, plain: dict[str, Any]) -> RoPE:
-    return LinearRoPE(**plain, factor=s.number("factor"))
+    return LinearRoPE(**plain, factor=s.number("factor", least=1.0))
 
 
 def _llama3(c: Config, s: Config, plain: dict[str, Any]) -> RoPE:
     low, high = s.number("low_freq_factor"), s.number("high_freq_factor")
     s.need(low < high, f"{s.path('low_freq_factor')} is {low:g}, not below high_freq_factor, {high:g}")
-    return Llama3RoPE(**plain, factor=s.number("factor"), original=_original(c, s), low=low, high=high)
+    return Llama3RoPE(
+        **plain, factor=s.number("factor", least=1.0), original=_original(c, s), low=low, high=high
+    )
 
 
 def _yarn(c: Config, s: Config, plain: dict[str, Any]) -> RoPE:
     original = _original(c, s)
+    fast, slow = s.number("beta_fast", default=32.0), s.number("beta_slow", default=1.0)
+    s.need(fast >= slow, f"{s.path('beta_fast')} is {fast:g}, below beta_slow, {slow:g}")
     return YaRN(
         **plain,
-        factor=s.number("factor", default=c.integer("max_position_embeddings") / original),
+        factor=s.number("factor", default=c.integer("max_position_embeddings") / original, least=1.0),
         original=original,
-        beta_fast=s.number("beta_fast", default=32.0),
-        beta_slow=s.number("beta_slow", default=1.0),
-        mscale=s.number("mscale", default=0.0, above=-1e-9),
-        mscale_all_dim=s.number("mscale_all_dim", default=0.0, above=-1e-9),
+        beta_fast=fast,
+        beta_slow=slow,
+        mscale=s.number("mscale", default=0.0, least=0.0),
+        mscale_all_dim=s.number("mscale_all_dim", default=0.0, least=0.0),
         attention_factor=s.number("attention_factor", default=None),
         truncate=s.flag("truncate", default=True),
     )

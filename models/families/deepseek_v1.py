@@ -78,6 +78,8 @@ TINY = MOE_16B | {
     "num_experts_per_tok": 3,
     "max_position_embeddings": 256,
     "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 
 FAMILY = register(

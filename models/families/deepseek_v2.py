@@ -133,6 +133,8 @@ TINY = V2 | {
     "max_position_embeddings": 256,
     "rope_scaling": _YARN | {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0},
     "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 
 TINY_LITE = TINY | {

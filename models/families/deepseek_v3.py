@@ -99,11 +99,12 @@ def _experts(c: Config, act: str) -> MoE:
 
 def _mtp(c: Config, layers: int) -> tuple[tuple[str, str], ...]:
     """Multi-token prediction: layers behind the last, for drafting. Some configs name one without tensors."""
-    count = c.integer("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0)
-    return tuple(
-        (rf"model\.layers\.{layers + i}\.", "multi-token prediction: a drafting layer, not part of the model")
-        for i in range(count)
-    )
+    count = c.integer("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0, most=64)
+    if not count:
+        return ()
+    numbers = "|".join(str(layers + i) for i in range(count))
+    why = "multi-token prediction: a drafting layer, not part of the model"
+    return ((rf"model\.layers\.({numbers})\.", why),)
 
 
 _FP8 = {

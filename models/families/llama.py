@@ -111,6 +111,8 @@ TINY = LLAMA32_1B | {
     "rope_theta": 1000.0,
     "rope_scaling": _LLAMA31_ROPE | {"factor": 4.0, "original_max_position_embeddings": 64},
     "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 
 FAMILY = register(

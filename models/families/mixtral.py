@@ -20,6 +20,7 @@ def read(c: Config) -> Model:
     attn = grouped_query_attention(
         c, rope=rotary(c, theta=1e6), window=c.integer("sliding_window", default=None) or 0
     )
+    c.allow("norm_topk_prob", [True], "weights that aren't renormalised in a Mixtral model", default=True)
     count = c.integer("num_local_experts", "num_experts", default=8)
     router = Router(count, c.integer("num_experts_per_tok", default=2), renorm=True)
     experts = Experts(count, c.integer("intermediate_size"), activation(c), weights=("w1", "w3", "w2"))

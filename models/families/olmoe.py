@@ -68,6 +68,8 @@ TINY = OLMOE_1B_7B | {
     "max_position_embeddings": 256,
     "rope_theta": 1000.0,
     "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 
 FAMILY = register(

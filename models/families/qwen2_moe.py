@@ -33,8 +33,10 @@ def _decoder(attn: GQA, mlp: MoE | SwiGLU, eps: float) -> Decoder:
 def sparse_layers(c: Config) -> set[int]:
     """Numbers of the layers that are MoE; the others are dense (Qwen2 and Qwen3)."""
     step = c.integer("decoder_sparse_step", default=1)
-    dense = c.items("mlp_only_layers", int)
-    return {i for i in range(layer_count(c)) if i not in dense and (i + 1) % step == 0}
+    dense, layers = c.items("mlp_only_layers", int), layer_count(c)
+    for i in dense:
+        c.need(0 <= i < layers, f"mlp_only_layers names layer {i}, but num_hidden_layers is {layers}")
+    return {i for i in range(layers) if i not in dense and (i + 1) % step == 0}
 
 
 def _windows(c: Config) -> list[int]:
@@ -132,6 +134,8 @@ TINY = QWEN15 | {
     "max_position_embeddings": 256,
     "rope_theta": 1000.0,
     "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 
 FAMILY = register(

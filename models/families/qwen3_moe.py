@@ -100,6 +100,8 @@ TINY = QWEN3_30B | {
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     "rope_theta": 1000.0,
     "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 
 FAMILY = register(

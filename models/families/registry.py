@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.errors import MoecError, SpecError, UnknownPreset, nearest
+from moec.models.blocks import MoE
+from moec.models.blocks.base import made_from
 from moec.models.config import Config
 from moec.models.spec import Model
 
@@ -76,13 +78,35 @@ def read_model(config: Config) -> Model:
     """The model that a config describes. Raises UnsupportedModel or ConfigContradiction, naming the field."""
     family = _family(config)
     try:
-        model = family.read(config)
+        with made_from(config.loc):
+            model = family.read(config)
     except SpecError as error:  # a block's check: two fields don't go together
         raise config.contradiction(error.message) from None
     except MoecError as error:
         raise error.at(config.loc) from None
+    _need_kinds(config, model)
     config.finish()
     return model
+
+
+def _need_kinds(c: Config, model: Model) -> None:
+    """What a config says of each layer's kind is what was built, whether or not the family reads it."""
+    attn = ["sliding" if getattr(x.attn, "window", 0) else "full" for x in model.layers]
+    built = {
+        "layer_types": [f"{kind}_attention" for kind in attn],
+        "mlp_layer_types": ["sparse" if isinstance(x.mlp, MoE) else "dense" for x in model.layers],
+    }
+    for field, kinds in built.items():
+        said = c.items(field, str, default=kinds)
+        c.need(
+            len(said) == len(kinds), f"{field} names {len(said)} layers, num_hidden_layers is {len(kinds)}"
+        )
+        for i, (want, have) in enumerate(zip(said, kinds, strict=True)):
+            if want != have:
+                raise c.unsupported(
+                    f"{c.path(field)}[{i}] is {want!r}: the other fields make it {have!r} in a "
+                    f"{c.data.get('model_type')} model"
+                )
 
 
 def _family(config: Config) -> Family:
