@@ -29,14 +29,16 @@ class BlockFP8(Declared):
     block: tuple[int, int] = (128, 128)
     keep: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.as_tuple("block", "keep")
+
     def check(self) -> None:
-        fits = len(self.block) == 2 and all(isinstance(n, int) and n > 0 for n in self.block)
+        fits = isinstance(self.block, tuple) and len(self.block) == 2
+        fits = fits and all(type(n) is int and 0 < n <= 2**20 for n in self.block)
         self.need(fits, f"block is two positive integers, not {self.block!r}")
+        self.need(isinstance(self.keep, tuple), f"keep must be a tuple of texts, not {self.keep!r}")
         for pattern in self.keep:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                self.need(False, f"{pattern!r} in keep is no regex: {error}")
+            self.need_regex("keep", pattern)
 
     def keeps(self, module: str) -> bool:
         """Whether a module's weight is stored plainly; the rule of transformers' quantizers."""

@@ -15,10 +15,6 @@ from moec.models.quantization import BlockFP8
 COMPUTE_DTYPES = ("f32", "bf16", "f16")
 
 
-def need_dtype(part: Declared, dtype: str) -> None:
-    part.need(dtype in COMPUTE_DTYPES, f"dtype is one of {', '.join(COMPUTE_DTYPES)}, not {dtype!r}")
-
-
 def compute_dtype(name: str) -> str:
     """The short name of a dtype that models compute in, by short or torch's name. Raises BadOption."""
     for dtype in COMPUTE_DTYPES:
@@ -26,6 +22,23 @@ def compute_dtype(name: str) -> str:
             return dtype
     known = ", ".join(COMPUTE_DTYPES)
     raise BadOption(f"no model computes in {name!r}{nearest(name, COMPUTE_DTYPES)}; the dtypes are {known}")
+
+
+def need_ids(model: Model) -> None:
+    """``eos`` holds token ids of the vocabulary."""
+    model.need(isinstance(model.eos, tuple), f"eos must be a token id or a tuple of them, not {model.eos!r}")
+    for id in model.eos:
+        fits = isinstance(id, int) and not isinstance(id, bool) and 0 <= id < model.vocab
+        model.need(fits, f"eos names {id!r}, which is no id of a vocabulary of {model.vocab}")
+
+
+def need_reasons(part: Model | Layer) -> None:
+    """``ignored`` holds pairs of a regex and a text."""
+    part.need(isinstance(part.ignored, tuple), f"ignored must be a tuple of pairs, not {part.ignored!r}")
+    for pair in part.ignored:
+        fits = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], str)
+        part.need(fits, f"ignored must hold pairs (regex, reason), not {pair!r}")
+        part.need_regex("ignored", pair[0])
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Model(Declared):
     dtype           of weights, activations and cache
     max_positions   tokens of the longest sequence
     page            tokens a page of the KV cache
-    eos             ids that end a generated text
+    eos             ids that end a generated text; a single one may be given alone
     quantization    how the checkpoint stores its linear weights, None where it stores them plainly
     first_layer     the number of ``layers[0]`` in the checkpoint: not 0 where a part of a model is compiled
     ignored         (regex of tensor names, reason): what a checkpoint may hold and the model has no use for
@@ -60,6 +73,9 @@ class Model(Declared):
     def __post_init__(self) -> None:
         if isinstance(self.layers, Sequence):
             object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.eos, int):
+            object.__setattr__(self, "eos", (self.eos,))
+        self.as_tuple("eos", "ignored")
 
     def check(self) -> None:
         self.need_positive("vocab", "hidden", "max_positions", "page")
@@ -67,7 +83,17 @@ class Model(Declared):
         self.need(len(self.layers) > 0, "layers is empty")
         for number, layer in enumerate(self.layers):
             self.need(isinstance(layer, Decoder), f"layers[{number}] must be a Decoder, not {layer!r}")
-        need_dtype(self, self.dtype)
+        self.need_number("eps", above=0)
+        self.need_flag("tied")
+        self.need_one_of("dtype", *COMPUTE_DTYPES)
+        self.need_text("name")
+        self.need_natural("first_layer")
+        self.need(
+            self.quantization is None or isinstance(self.quantization, BlockFP8),
+            f"quantization must be a BlockFP8, not {self.quantization!r}",
+        )
+        need_ids(self)
+        need_reasons(self)
 
     def with_dtype(self, dtype: str) -> Model:
         """The model computing in ``dtype``."""
@@ -118,10 +144,16 @@ class Layer(Declared):
     number: int = 0
     ignored: tuple[tuple[str, str], ...] = ()
 
+    def __post_init__(self) -> None:
+        self.as_tuple("ignored")
+
     def check(self) -> None:
         self.need_a("block", Block)
         self.need_positive("hidden", "max_positions", "page")
-        need_dtype(self, self.dtype)
+        self.need_natural("number")
+        self.need_one_of("dtype", *COMPUTE_DTYPES)
+        self.need_text("name")
+        need_reasons(self)
 
     def with_dtype(self, dtype: str) -> Layer:
         """The layer computing in ``dtype``."""

@@ -29,6 +29,9 @@ class Decoder(Block):
     def check(self) -> None:
         self.need_a("attn", Block)
         self.need_a("mlp", Block)
+        self.need_number("eps", above=0)
+        self.need_name("attn_norm", "mlp_norm")
+        self.need_text("name")
 
     @property
     def cache_entries(self) -> tuple[tuple[int, ...], ...]:

@@ -47,8 +47,11 @@ class GQA(Block):
         self.need(
             self.qk_norm in (None, "head", "full"), f"qk_norm is None, 'head' or 'full', not {self.qk_norm!r}"
         )
-        self.need(self.window >= 0, f"window is {self.window}")
+        self.need_flag("qkv_bias", "out_bias")
+        self.need_natural("window")
+        self.need_number("eps", *(n for n in ("clip", "scale") if getattr(self, n) is not None), above=0)
         self.need_a("rope", RoPE)
+        self.need_name("name", empty=True)
 
     @property
     def cache_entry(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -56,7 +59,7 @@ class GQA(Block):
 
     @property
     def softmax_scale(self) -> float:
-        return float(self.head_dim**-0.5) if self.scale is None else self.scale
+        return float(self.head_dim**-0.5) if self.scale is None else float(self.scale)
 
     def lower(self, b: Builder, x: Value) -> Value:
         """x [N, H] to [N, H]."""

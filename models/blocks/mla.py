@@ -44,6 +44,9 @@ class MLA(Block):
             self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}: RoPE turns pairs"
         )
         self.need_a("rope", RoPE)
+        self.need_flag("bias")
+        self.need_number("eps", *([] if self.scale is None else ["scale"]), above=0)
+        self.need_name("name", empty=True)
 
     @property
     def cache_entry(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -53,7 +56,7 @@ class MLA(Block):
     def softmax_scale(self) -> float:
         """(P + R)^-0.5 · m²: the expanded head's width, never the latent's."""
         if self.scale is not None:
-            return self.scale
+            return float(self.scale)
         return float((self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5) * self.rope.score_scale()
 
     def lower(self, b: Builder, x: Value) -> Value:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from moec.ir import Builder, Range, Value
 from moec.ir.types import f32
-from moec.models.blocks.base import Block, Declared, width
+from moec.models.blocks.base import Block, Declared, is_name, width
 from moec.models.blocks.router import Router
-from moec.models.blocks.swiglu import SwiGLU, need_activation
+from moec.models.blocks.swiglu import ACTIVATIONS, SwiGLU
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,16 @@ class Experts(Declared):
     weights: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     name: str = "experts"
 
+    def __post_init__(self) -> None:
+        self.as_tuple("weights")
+
     def check(self) -> None:
         self.need_positive("count", "intermediate")
-        need_activation(self, self.act)
-        self.need(len(self.weights) == 3, f"weights names three projections, not {self.weights!r}")
+        self.need_one_of("act", *ACTIVATIONS)
+        self.need_name("name")
+        names = self.weights if isinstance(self.weights, tuple) else ()
+        fits = len({n for n in names if isinstance(n, str) and is_name(n)}) == len(names) == 3
+        self.need(fits, f"weights names three projections, not {self.weights!r}")
 
     def lower(self, b: Builder, x: Value, w: Value, id: Value) -> Value:
         """Σ_j w[t, j] · expert id[t, j] of x [T, H], summed in fp32: one loop over the experts."""
@@ -80,6 +86,7 @@ class MoE(Block):
             self.shared is None or isinstance(self.shared, SwiGLU),
             f"shared must be a SwiGLU, not {self.shared!r}",
         )
+        self.need_name("name", "shared_gate", empty=True)
         self.need(not self.shared_gate or self.shared is not None, "shared_gate without a shared MLP")
 
     def lower(self, b: Builder, x: Value) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from moec.ir import Builder, Value
@@ -15,6 +16,15 @@ class RMSNorm(Block):
     eps: float = 1e-6
     name: str = "norm"
     out: str = ""
+
+    def check(self) -> None:
+        self.need_number("eps", above=0)
+        self.need_name("name")
+        self.need_name("out", empty=True)
+        value = self.out or self.name
+        self.need(
+            re.match(r"[A-Za-z_]", value) is not None, f"no value can have the name {value!r}: give out"
+        )
 
     def lower(self, b: Builder, x: Value) -> Value:
         weight = b.param(f"{self.name}.weight", (width(x),))

@@ -21,7 +21,7 @@ class RoPE(Declared):
     layout: str = "half"
 
     def check(self) -> None:
-        self.need(self.theta > 0, f"theta must be positive, not {self.theta!r}")
+        self.need_number("theta", above=1)  # at 1 all pairs turn alike, below it the later ones faster
         self.need(
             self.layout in ("half", "interleaved"),
             f"layout must be 'half' or 'interleaved', not {self.layout!r}",
@@ -59,6 +59,10 @@ class LinearRoPE(RoPE):
 
     factor: float = 1.0
 
+    def check(self) -> None:
+        super().check()
+        self.need_number("factor", least=1)
+
     def scaling(self) -> dict[str, Any]:
         return {"scaling": "linear", "factor": float(self.factor)}
 
@@ -71,6 +75,13 @@ class Llama3RoPE(RoPE):
     original: int = 8192
     low: float = 1.0
     high: float = 4.0
+
+    def check(self) -> None:
+        super().check()
+        self.need_positive("original")
+        self.need_number("factor", least=1)
+        self.need_number("low", "high", above=0)
+        self.need(self.low < self.high, f"low is {self.low}, not below high, {self.high}")
 
     def scaling(self) -> dict[str, Any]:
         return {
@@ -98,6 +109,20 @@ class YaRN(RoPE):
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None
     truncate: bool = True
+
+    def check(self) -> None:
+        super().check()
+        self.need_positive("original")
+        self.need_number("factor", least=1)
+        self.need_number("beta_fast", "beta_slow", above=0)
+        self.need(
+            self.beta_fast >= self.beta_slow,
+            f"beta_fast is {self.beta_fast}, below beta_slow, {self.beta_slow}",
+        )
+        self.need_number("mscale", "mscale_all_dim", least=0)
+        if self.attention_factor is not None:
+            self.need_number("attention_factor", above=0)
+        self.need_flag("truncate")
 
     def _m(self, scale: float) -> float:
         return 0.1 * scale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0

@@ -41,17 +41,18 @@ class Router(Declared):
     def check(self) -> None:
         self.need_positive("experts", "top_k", "groups", "topk_groups")
         self.need(self.top_k <= self.experts, f"top_k is {self.top_k} of {self.experts} experts")
-        self.need(self.score in ("softmax", "sigmoid"), f"score is softmax or sigmoid, not {self.score!r}")
+        self.need_one_of("score", "softmax", "sigmoid")
+        self.need_one_of("group_score", "max", "top2sum")
+        self.need_one_of("masked", "zero", "neginf")
+        self.need_number("scale")
+        self.need_flag("renorm", "bias", "fp32", "round_weights")
+        self.need_name("name", empty=True)
         self.need(
             self.experts % self.groups == 0, f"{self.experts} experts don't make {self.groups} equal groups"
         )
         self.need(
             self.topk_groups <= self.groups, f"topk_groups is {self.topk_groups} of {self.groups} groups"
         )
-        self.need(
-            self.group_score in ("max", "top2sum"), f"group_score is max or top2sum, not {self.group_score!r}"
-        )
-        self.need(self.masked in ("zero", "neginf"), f"masked is zero or neginf, not {self.masked!r}")
         size = self.experts // self.groups
         self.need(
             self.groups == 1 or size > 1 or self.group_score == "max", "a group of one expert has no two best"

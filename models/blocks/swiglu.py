@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.ir import Builder, Value
-from moec.models.blocks.base import Block, Declared, width
+from moec.models.blocks.base import Block, width
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-
-
-def need_activation(part: Declared, act: str) -> None:
-    part.need(act in ACTIVATIONS, f"act is one of {', '.join(ACTIVATIONS)}, not {act!r}")
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,9 @@ class SwiGLU(Block):
 
     def check(self) -> None:
         self.need_positive("intermediate")
-        need_activation(self, self.act)
+        self.need_one_of("act", *ACTIVATIONS)
+        self.need_flag("bias")
+        self.need_name("name", empty=True)
 
     def lower(self, b: Builder, x: Value) -> Value:
         """x [N, H] to [N, H]."""

@@ -303,7 +303,7 @@ def test_a_users_file(write: object) -> None:
         ("modle", "nothing is called 'modle'; did you mean model", 0),
         ("number", "number is a int, not a Model or Layer", 0),
         ("broken", "ZeroDivisionError: division by zero", 12),
-        ("", "say which model of the file is meant, as .*:model", 0),
+        ("", "say which model of the file is meant: .*:model or .*:make", 0),
     ],
 )
 def test_names_in_a_users_file(write: object, name: str, message: str, line: int) -> None:

@@ -64,6 +64,49 @@ MISTAKES = [
         ("intermediate", "'64'"),
     ),
     Mistake(
+        "text for eps",
+        "M0101",
+        "L = [Decoder(ATTENTION, SwiGLU(8))]\nmodel = Model(11, 16, L, eps='a')  # here",
+        ("eps", "'a'"),
+    ),
+    Mistake(
+        "negative eps",
+        "M0101",
+        "L = [Decoder(ATTENTION, SwiGLU(8))]\nmodel = Model(11, 16, L, eps=-1.0)  # here",
+        ("eps", "-1.0"),
+    ),
+    Mistake(
+        "number for a name",
+        "M0101",
+        "L = [Decoder(ATTENTION, SwiGLU(8))]\nmodel = Model(11, 16, L, name=3)  # here",
+        ("name", "3"),
+    ),
+    Mistake(
+        "eos beyond the vocabulary",
+        "M0101",
+        "L = [Decoder(ATTENTION, SwiGLU(8))]\nmodel = Model(11, 16, L, eos=11)  # here",
+        ("eos names 11", "11"),
+    ),
+    Mistake(
+        "no regex",
+        "M0101",
+        "L = [Decoder(ATTENTION, SwiGLU(8))]\nmodel = Model(11, 16, L, ignored=(('(', 'bad'),))  # here",
+        ("'('", "ignored"),
+    ),
+    Mistake(
+        "text for a scale",
+        "M0101",
+        "router = Router(4, 2, scale='x')  # here\nmodel = None",
+        ("scale", "'x'"),
+    ),
+    Mistake("text for a window", "M0101", "model = GQA(2, 1, 8, window='a')  # here", ("window", "'a'")),
+    Mistake(
+        "text for theta",
+        "M0101",
+        "from moec.models import RoPE\nmodel = RoPE(theta='x')  # here",
+        ("theta", "'x'"),
+    ),
+    Mistake(
         "number for a block",
         "M0101",
         "model = Decoder(attn=ATTENTION, mlp=3)  # here",
@@ -185,6 +228,7 @@ def test_a_mistake_in_the_users_file(cli: Cli, tmp_path: Path, mistake: Mistake)
         "def model():\n    return of(MoE(Router(experts=8, top_k=2), Experts(count=8, intermediate=16)))",
         in_block('w = b.param("w", (32,))', "return b.mul(x, w)"),
         in_block("return x"),
+        "model = Model(11, 16, [Decoder(ATTENTION, SwiGLU(8))], name='mine', dtype='f32', eos=2, eps=1)",
     ],
 )
 def test_a_file_without_mistakes(cli: Cli, tmp_path: Path, source: str) -> None:
