@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -53,6 +57,33 @@ class _ReaderGone(Exception):
     """Whoever read the output has seen enough, as in `moec show x | head`."""
 
 
+class _Signalled(BaseException):
+    """Told to stop: raised where the program is, so that what was half-written is removed on the way out."""
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise _Signalled, once; what nohup ignores stays ignored."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # a second one would end the cleaning up
+        raise _Signalled(number)
+
+    numbers = [n for n in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if n is not None]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="moec")
 def moec() -> None:
@@ -60,13 +91,13 @@ def moec() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit codes: 0, 1 a user's error, 2 usage, 70 a bug in moec."""
+    """Exit codes: 0, 1 a user's error, 2 usage, 70 a bug in moec, 128 + N after signal N."""
     sys.exit(run(argv))
 
 
 def run(argv: list[str] | None = None) -> int:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _signals_raise():
             warnings.showwarning = _warn  # type: ignore[assignment]
             result: Any = moec.main(args=argv, prog_name="moec", standalone_mode=False)
     except MoecError as error:
@@ -78,6 +109,10 @@ def run(argv: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return 130
+    except _Signalled as error:
+        number = signal.Signals(error.args[0])
+        click.echo(f"stopped by {number.name}", err=True)
+        return 128 + number
     except _ReaderGone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at the end
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -84,6 +85,32 @@ def test_an_interrupted_build_leaves_nothing(
     monkeypatch.setattr("moec.codegen.write_package", interrupted)
     done = cli("build", PRESET, "-o", tmp_path / "package")
     assert (done.code, done.out, done.err.strip()) == (130, "", "interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_build_that_is_told_to_stop_leaves_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, before: signal.Handlers
+) -> None:
+    number = getattr(signal, name)
+
+    def told(folder: Path, *_: Any) -> None:
+        (folder / "half").write_text("")
+        assert [p.name[:9] for p in tmp_path.iterdir()] == [".package."]
+        os.kill(os.getpid(), number)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moec.codegen.write_package", told)
+    outside = signal.signal(number, before)
+    try:
+        done = cli("build", PRESET, "-o", tmp_path / "package")
+        assert signal.getsignal(number) == before, "the caller's handlers are there again"
+    finally:
+        signal.signal(number, outside)
+    ignored = before == signal.SIG_IGN  # as nohup has it
+    code, said = (130, "interrupted") if ignored else (128 + number, f"stopped by {name}")
+    assert (done.code, done.out, done.err.strip()) == (code, "", said)
     assert list(tmp_path.iterdir()) == []
 
 
