@@ -9,6 +9,8 @@ from typing import Any
 
 from moec.errors import BadOption
 
+_TORCH_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
 
 def _option(default: Any, doc: str, variable: str = "") -> Any:
     return field(default=default, metadata={"doc": doc, "variable": variable})
@@ -32,7 +34,12 @@ class BuildOptions:
     force: bool = _option(False, "replace an existing package")
 
     def __post_init__(self) -> None:
-        """Raises BadOption for a value out of range."""
+        """Raises BadOption for a value out of range. A dtype may have PyTorch's name."""
+        spelled = str(self.dtype).removeprefix("torch.")
+        object.__setattr__(self, "dtype", _TORCH_NAMES.get(spelled, self.dtype))
+        for name, value in (("target", self.target), ("passes", self.passes), ("layers", self.layers)):
+            if not isinstance(value, str) and not (value is None and name != "target"):
+                raise BadOption(f"{name} is {value!r}; it must be text")
         if self.opt_level not in (0, 1, 2, 3):
             raise BadOption(f"opt_level is {self.opt_level!r}; it must be 0, 1, 2 or 3")
         if self.dtype not in (None, "f32", "bf16", "f16"):

@@ -7,11 +7,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moec import __version__, codegen, models, passes
 from moec.config import BuildOptions
+from moec.errors import BadOption
 from moec.ir import Module
+
+if TYPE_CHECKING:
+    import torch
 
 Progress = Callable[[str], None]
 
@@ -41,7 +45,7 @@ def build(
     spec: Any,
     target: str | None = None,
     out: str | os.PathLike[str] | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     options: BuildOptions | None = None,
     *,
     weights: str | os.PathLike[str] | None = None,
@@ -51,14 +55,22 @@ def build(
 
     spec      preset name | Hugging Face folder or config.json | ``file.py:name`` | models.Model or Layer
     target    ``cpu`` by default; see ``moec list targets``
-    dtype     ``f32``, ``bf16`` or ``f16`` for weights and activations; the model's own by default
+    dtype     ``f32``, ``bf16`` or ``f16``, or PyTorch's, of weights and activations; the model's by default
     weights   a folder of safetensors to check against the model now rather than at the first load
     progress  called with a line for each stage
 
     Raises a MoecError; then nothing is left in ``out``.
     """
+    if not isinstance(options, BuildOptions | None):
+        raise BadOption(f"options is a moec.BuildOptions, not {type(options).__name__}")
+    for name, path in (("out", out), ("weights", weights)):
+        if not isinstance(path, str | os.PathLike | None):
+            raise BadOption(f"{name} is a folder, not {type(path).__name__}")
+        if path == "":
+            raise BadOption(f"{name} is ''; it must name a folder")
     chosen = options or BuildOptions.from_environment()
-    chosen = replace(chosen, target=target or chosen.target, dtype=dtype or chosen.dtype)
+    changes: dict[str, Any] = {"target": target, "dtype": dtype}
+    chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
     say = progress or (lambda line: None)
 
     goal = codegen.target(chosen.target)

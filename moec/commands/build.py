@@ -15,9 +15,7 @@ from moec.config import BuildOptions
 @click.command("build")
 @click.argument("spec")
 @click.option("--target", help="What to compile for; see `moec list targets`. Default: cpu.")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="The package's folder. Default: build/NAME."
-)
+@click.option("-o", "--out", type=click.Path(), help="The package's folder. Default: build/NAME.")
 @click.option("--dtype", help="f32, bf16 or f16; the model's own by default.")
 @click.option("-O", "opt_level", type=int, help="Optimisation level 0 to 3. Default: 2.")
 @click.option("-p", "--passes", help="This pipeline instead, as 'canonicalise,expert-grouping'.")
@@ -26,7 +24,7 @@ from moec.config import BuildOptions
 @click.option("--force", is_flag=True, help="Replace an existing package.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
 def command(
-    spec: str, out: Path | None, weights: Path | None, as_json: bool, force: bool, **given: Any
+    spec: str, out: str | None, weights: Path | None, as_json: bool, force: bool, **given: Any
 ) -> None:
     """Compile SPEC into a package.
 

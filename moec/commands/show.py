@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moec.errors import BadOption, nearest
+from moec.errors import BadOption, NotAPackage, nearest
 
 
 @click.command("show")
@@ -42,6 +42,8 @@ def command(
     else:
         from moec import models
 
+        if path.is_dir() and what not in models.PRESETS and not (path / "config.json").is_file():
+            raise NotAPackage(f"{what} is a folder with no package and no config.json in it")
         module = models.lower(models.resolve(what))
     if not functions:
         click.echo(print_module(module, derived=not plain), nl=False)

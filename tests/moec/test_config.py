@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moec.config import BuildOptions
 from moec.errors import BadOption
@@ -40,6 +41,14 @@ def test_precedence(variable: str, text: str, field: str, value: Any, other: Any
     assert getattr(BuildOptions.from_environment({variable: ""}), field) == default
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("float32", "f32"), ("torch.bfloat16", "bf16"), (torch.float16, "f16"), (torch.float32, "f32")],
+)
+def test_dtypes_by_pytorch_s_names(name: Any, ours: str) -> None:
+    assert BuildOptions(dtype=name) == BuildOptions(dtype=ours)
+
+
 def test_every_variable_is_tested_and_every_option_documented() -> None:
     assert {f.metadata["variable"] for f in fields(BuildOptions)} - {""} == {v[0] for v in VARIABLES}
     assert all(f.metadata["doc"] for f in fields(BuildOptions))
@@ -52,7 +61,11 @@ def test_every_variable_is_tested_and_every_option_documented() -> None:
         ({"MOEC_OPT": "4"}, {}, "opt_level is 4"),
         ({}, {"opt_level": -1}, "opt_level is -1"),
         ({"MOEC_DTYPE": "f64"}, {}, "dtype is 'f64'"),
-        ({}, {"dtype": "float32"}, "dtype is 'float32'"),
+        ({}, {"dtype": "float64"}, "dtype is 'float64'"),
+        ({}, {"dtype": 3}, "dtype is 3"),
+        ({}, {"target": 3}, "target is 3"),
+        ({}, {"passes": ["a"]}, "passes is"),
+        ({}, {"layers": 3}, "layers is 3"),
     ],
 )
 def test_values_out_of_range(environment: dict[str, str], given: dict[str, Any], words: str) -> None:

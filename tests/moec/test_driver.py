@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,32 @@ def test_errors_are_moecs(tmp_path: Path) -> None:
     with pytest.raises(OutputExists):
         moec.build(PRESET, out=tmp_path / "there")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("target", 3, "target is 3"),
+        ("dtype", 3, "dtype is 3"),
+        ("dtype", torch.int8, r"dtype is torch\.int8"),
+        ("out", 3, "out is a folder, not int"),
+        ("out", "", "out is ''"),
+        ("options", {}, r"options is a moec\.BuildOptions, not dict"),
+        ("weights", {"a": torch.zeros(1)}, "weights is a folder, not dict"),
+    ],
+)
+def test_arguments_of_the_wrong_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, value: Any, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadOption, match=words):
+        moec.build("mixtral-tiny", **{argument: value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_of_pytorch_s(tmp_path: Path) -> None:
+    made = moec.build("mixtral-tiny", out=tmp_path / "x", dtype=torch.bfloat16)
+    assert made.manifest["dtype"] == made.manifest["options"]["dtype"] == "bf16"
 
 
 def test_importing_moec_and_asking_for_help_load_no_torch() -> None:
