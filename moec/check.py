@@ -42,6 +42,7 @@ class Row:
     worst: float
     median: float
     ok: bool
+    nan: bool = False  # the reference itself isn't a number somewhere: there is nothing to agree with
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,24 @@ def verify_package(
     weights: Any,
     *,
     tokens: int | None = None,
-    decode: int = 4,
+    decode: int | None = None,
     seed: int = 0,
     prompts: Iterable[list[int]] | None = None,
     tolerance: float | None = None,
+    allow_edited: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Verdict:
     """Compares the package with the interpreter of its naive IR.
 
     Random prompts of ``tokens`` tokens (by default a page of the cache and a few more), a third of that, and
-    one token (or ``prompts``); a mixed batch; then ``decode`` greedy steps. Raises BadOption and the errors
-    of ``moec.load``.
+    one token (or ``prompts``); a mixed batch; then ``decode`` greedy steps (by default 4). What isn't given
+    shrinks to what the model has room for. ``allow_edited`` takes files that aren't those that were built.
+    Raises BadOption and the errors of ``moec.load``.
     """
     for name, value, least in (("tokens", tokens, 1), ("decode", decode, 0), ("seed", seed, 0)):
         if value is not None and value < least:
             raise BadOption(f"{name} is {value}; it must be at least {least}")
-    model = runtime.load(package, weights)
+    model = runtime.load(package, weights, verify=not allow_edited)
     module = read_module(package / "ir" / "000_naive.moec")
     tensors = _Tensors(open_checkpoint(weights, model.manifest["checkpoint"]))
     dtype = model.manifest["dtype"]
@@ -109,13 +112,19 @@ def verify_package(
         return compare.verdict()
     generator = torch.Generator().manual_seed(seed)
     page = model.cache_specs[0].page if model.cache_specs else 1
-    after = decode + 1 + CHUNK  # tokens of the longest prompt's sequence beyond the prompt
-    if prompts is None:
-        tokens = tokens or max(1, min(page + 8, model.max_positions - after))
+    room = model.max_positions
+    given = None if prompts is None else [list(p) for p in prompts]
+    least = max(map(len, given)) if given else tokens or 1
+    if decode is None:
+        decode = max(0, min(4, (room - least - 1) // 2))
+    chunk = max(0, min(CHUNK, room - least - 1 - decode))
+    after = decode + 1 + chunk  # tokens of the longest prompt's sequence beyond the prompt
+    if given is None:
+        tokens = tokens or max(1, min(page + 8, room - after))
         lengths = (tokens, max(1, tokens // 3), 1)
-        prompts = [torch.randint(model.vocab, (n,), generator=generator).tolist() for n in lengths]
-    new = [list(p) for p in prompts]
-    longest, room = max(map(len, new)), model.max_positions
+        given = [torch.randint(model.vocab, (n,), generator=generator).tolist() for n in lengths]
+    new = given
+    longest = max(map(len, new))
     if longest + after > room:
         raise BadOption(
             f"a prompt of {longest} tokens and {after} more don't fit the model's {room} positions"
@@ -124,7 +133,7 @@ def verify_package(
     say(f"prefill of {sum(map(len, new))} tokens")
     new = pair.step("prefill", new, compare)
     say("a mixed batch")
-    new[0] += torch.randint(model.vocab, (CHUNK,), generator=generator).tolist()
+    new[0] += torch.randint(model.vocab, (chunk,), generator=generator).tolist()
     new = pair.step("mixed", new, compare)
     for number in range(1, decode + 1):
         say(f"decode step {number} of {decode}")
@@ -172,8 +181,9 @@ class _Comparison:
         error = token_errors(expected, got)
         worst = float(error.max()) if error.numel() else 0.0
         median = float(error.median()) if error.numel() else 0.0
-        ok = (worst if self.judged == "worst" else median) <= self.limit
-        self.rows.append(Row(value, tuple(expected.shape), worst, median, ok))
+        nan = bool(expected.isnan().any())
+        ok = not nan and (worst if self.judged == "worst" else median) <= self.limit
+        self.rows.append(Row(value, tuple(expected.shape), worst, median, ok, nan))
 
     def count_tokens(self, expected: torch.Tensor, got: torch.Tensor) -> None:
         self.tokens += expected.numel()
@@ -191,9 +201,7 @@ def token_errors(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     if not a.numel():
         return torch.zeros(0)
     scale = a[a.isfinite()].abs().max() if a.isfinite().any() else torch.tensor(1.0)
-    difference = torch.where(a.isnan() & b.isnan(), 0.0, (a - b).abs()).nan_to_num(
-        nan=torch.inf, posinf=torch.inf
-    )
+    difference = (a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
     return difference.amax(1) / scale.clamp(min=1e-30)
 
 

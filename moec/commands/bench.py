@@ -16,17 +16,28 @@ from moec.commands.run import load
     "--weights", default="random:0", show_default=True, help="A folder of safetensors, or random:SEED."
 )
 @click.option("--prefill", type=int, help="Tokens of each prompt. Default: 512, or what fits the model.")
-@click.option("--decode", default=32, show_default=True, help="Steps after it.")
+@click.option("--decode", type=int, help="Steps after it. Default: 32, or what fits the model.")
 @click.option("--batch", default=1, show_default=True, help="Sequences at once.")
 @click.option("--repeats", default=5, show_default=True, help="Runs whose median counts.")
+@click.option("--allow-edited", is_flag=True, help="Also a package whose files were edited.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
-    package: Path, weights: str, prefill: int | None, decode: int, batch: int, repeats: int, as_json: bool
+    package: Path,
+    weights: str,
+    prefill: int | None,
+    decode: int | None,
+    batch: int,
+    repeats: int,
+    allow_edited: bool,
+    as_json: bool,
 ) -> None:
     """Time prefill and decode of PACKAGE: medians over several runs."""
-    model = load(package, weights)
+    model = load(package, weights, allow_edited)
     from moec.runtime.bench import bench
 
+    if decode is None:
+        room = model.max_positions
+        decode = max(1, min(32, room // 2 if prefill is None else room - prefill))
     if prefill is None:
         prefill = max(1, min(512, model.max_positions - decode))
     with ui.bar("runs") as progress:

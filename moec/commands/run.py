@@ -28,6 +28,7 @@ class Bytes:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in ids:
             yield decoder.decode(bytes([token]))
+        yield decoder.decode(b"", final=True)  # what was begun and never finished
 
 
 class FromFile:
@@ -48,14 +49,20 @@ class FromFile:
         return ids
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        so_far: list[int] = []
-        shown = ""
+        # Decodes the last tokens only, twice: without and with what is new. A token's text may depend on the
+        # one before it (a space, a character's first bytes), but not on what lies further back.
+        window: list[int] = []
+        shown = ""  # the window's text so far
+        known = 0  # tokens of the window that made it
+        text = ""
         for token in ids:
-            so_far.append(token)
-            text = self._tokenizer.decode(so_far)
-            if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+            window.append(token)
+            text = self._tokenizer.decode(window)
+            if len(text) > len(shown) and not text.endswith("\ufffd"):  # no character's bytes are to come
                 yield text[len(shown) :]
-                shown = text
+                del window[:known]
+                known, shown, text = len(window), self._tokenizer.decode(window), ""
+        yield text[len(shown) :]
 
 
 def tokenizer_of(weights: str, vocab: int) -> Tokenizer:
@@ -82,13 +89,20 @@ def tokenizer_of(weights: str, vocab: int) -> Tokenizer:
 @click.option("--top-k", default=0, show_default=True, help="Keep only the k best tokens; 0 keeps all.")
 @click.option("--top-p", default=1.0, show_default=True, help="Keep the best tokens that together reach p.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--allow-edited", is_flag=True, help="Also a package whose files were edited.")
 def command(
-    package: Path, prompt: str | None, weights: str, ids: str | None, max_new_tokens: int, **sampling: Any
+    package: Path,
+    prompt: str | None,
+    weights: str,
+    ids: str | None,
+    max_new_tokens: int,
+    allow_edited: bool,
+    **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in PACKAGE, printing tokens as they come."""
     if (prompt is None) == (ids is None):
         raise click.UsageError("give a PROMPT, or --ids")
-    model = load(package, weights)
+    model = load(package, weights, allow_edited)
     eos = model.manifest["eos"]
     if ids is not None:
         tokens = model.stream([_ids(ids)], max_new_tokens, eos_token_id=eos, **sampling)
@@ -103,12 +117,12 @@ def command(
     click.echo()
 
 
-def load(package: Path, weights: str) -> Any:
+def load(package: Path, weights: str, allow_edited: bool = False) -> Any:
     """The package's language model, with a progress bar for its weights. Raises NotAPackage for a layer."""
     with ui.status("loading"):
         from moec import runtime
     with ui.bar("weights") as progress:
-        model = runtime.load(package, weights, progress=progress)
+        model = runtime.load(package, weights, verify=not allow_edited, progress=progress)
     if not isinstance(model, runtime.LanguageModel):
         raise NotAPackage(f"{package} is a single layer: it has no tokens")
     return model

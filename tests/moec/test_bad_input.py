@@ -202,6 +202,7 @@ def test_no_weights_where_they_should_be(cli: Cli, built: Path, tmp_path: Path, 
 
 def test_an_index_of_shards_that_are_not_there(cli: Cli, built: Path, checkpoint: Path) -> None:
     index = checkpoint / "model.safetensors.index.json"
+    (checkpoint / "model.safetensors").unlink()
     index.write_text(json.dumps({"weight_map": {HEAD: "model-00001-of-00002.safetensors"}}))
     cli("run", built, "--ids", "1", "--weights", checkpoint).refused(
         "M0401", "model-00001-of-00002.safetensors"
@@ -236,6 +237,9 @@ def test_force_does_not_replace_what_is_no_package(cli: Cli, tmp_path: Path) -> 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     cli("build", PRESET, "-o", tmp_path / "thesis", "--force").refused("M0501", "not a package")
+    refused = cli("build", PRESET, "-o", tmp_path / "thesis")
+    refused.refused("M0501", "not a package")
+    assert "--force" not in refused.err, "advice that wouldn't help"
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years of work"
 
 
@@ -246,6 +250,16 @@ def test_an_output_that_can_not_be_written(cli: Cli, tmp_path: Path, place: str)
     result.refused("M0501" if place == "file" else "M0502", place)
     assert (tmp_path / "file").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_output_below_a_file(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in ("file/x", "file/x/y"):
+        cli("build", PRESET, "-o", tmp_path / place).refused("M0502", f"{tmp_path / 'file'} is no folder")
+
+
+def test_an_empty_output(cli: Cli) -> None:
+    cli("build", PRESET, "-o", "").refused("M0701", "out is ''")
 
 
 def test_a_failed_build_leaves_the_old_package(cli: Cli, package: Path, checkpoint: Path) -> None:
@@ -274,6 +288,16 @@ def test_a_changed_file(cli: Cli, package: Path, use: tuple[str, ...], name: str
     assert not ran.exists(), "code of a package that isn't what was built was run"
 
 
+@pytest.mark.parametrize("use", USES, ids=[u[0] for u in USES])
+def test_a_package_that_its_owner_edited(cli: Cli, package: Path, use: tuple[str, ...]) -> None:
+    ran = package.parent / "ran"
+    with (package / "kernels" / "route.py").open("a") as file:
+        file.write(f"\nopen({str(ran)!r}, 'w').close()\n")
+    cli(use[0], package, *use[1:]).refused("M0504", "--allow-edited")
+    assert cli(use[0], package, *use[1:], "--allow-edited").code == 0
+    assert ran.exists()
+
+
 def test_a_file_too_many_or_too_few(cli: Cli, package: Path) -> None:
     (package / "kernels" / "extra.py").write_text("")
     cli("verify", package).refused("M0504", "extra.py")
@@ -288,10 +312,29 @@ def test_a_manifest_that_is_none(cli: Cli, package: Path, text: str) -> None:
     cli("run", package, "--ids", "1", "--weights", "random:0").refused("M0503", str(package))
 
 
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"caches": 3}, "M0503"),
+        ({"vocab": None}, "M0503"),
+        ({"ignored": [["(", "x"]]}, "M0503"),
+        ({"checkpoint": []}, "M0504"),
+        ({"vocab": 9999}, "M0504"),
+        ({"device": "cuda"}, "M0504"),
+    ],
+    ids=str,
+)
+def test_an_edited_manifest(cli: Cli, package: Path, change: dict[str, Any], code: str) -> None:
+    manifest = json.loads((package / "manifest.json").read_text())
+    (package / "manifest.json").write_text(json.dumps(manifest | change))
+    cli("run", package, "--ids", "1", "--weights", "random:0").refused(code, str(package))
+
+
 def test_no_package(cli: Cli, tmp_path: Path) -> None:
     for command in ("verify", "bench"):
         cli(command, tmp_path).refused("M0503", str(tmp_path), "manifest.json")
     cli("show", tmp_path, "--kernel", "route").refused("M0503", str(tmp_path))
+    cli("show", tmp_path).refused("M0503", str(tmp_path), "no package and no config.json")
 
 
 # Prompts.

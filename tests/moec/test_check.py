@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import moec
 from moec import models
-from moec.check import token_errors, verify_package
+from moec.check import CHUNK, _Comparison, token_errors, verify_package
 from moec.errors import BadOption
 from moec.runtime.manifest import seal
 
@@ -147,10 +149,10 @@ def test_verify_of_a_layer_with_a_cache(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"tokens": 0}, {"decode": -1}, {"seed": -1}, {"tolerance": 0.0}, {"tokens": 250}]
+    "option", [{"tokens": 0}, {"decode": -1}, {"seed": -1}, {"tolerance": 0.0}, {"tokens": 256}]
 )
 def test_options_out_of_range(built: Path, option: dict[str, int]) -> None:
-    with pytest.raises(BadOption, match=r"250" if option == {"tokens": 250} else f"{next(iter(option))} is"):
+    with pytest.raises(BadOption, match=r"256" if option == {"tokens": 256} else f"{next(iter(option))} is"):
         verify_package(built, "random:0", **option)  # type: ignore[arg-type]
 
 
@@ -159,5 +161,47 @@ def test_token_errors() -> None:
     assert token_errors(a, a + torch.tensor([[0.0, 1.0], [0.5, 0.0]])).tolist() == [0.25, 0.125]
     assert token_errors(a, a[:1]).isinf().all()
     assert token_errors(a, torch.full_like(a, torch.nan)).isinf().all()
-    assert token_errors(torch.full_like(a, torch.nan), torch.full_like(a, torch.nan)).tolist() == [0.0, 0.0]
+    assert token_errors(torch.full_like(a, torch.nan), torch.full_like(a, torch.nan)).isinf().all()
     assert token_errors(torch.zeros(0, 3), torch.zeros(0, 3)).numel() == 0
+
+
+@pytest.mark.parametrize("judged", ["worst", "median"])
+def test_one_token_that_is_no_number(judged: str) -> None:
+    value = torch.ones(9, 2)
+    value[4, 1] = torch.nan
+    compare = _Comparison(0.1, judged)
+    compare.add("y", value, value.clone())
+    assert not compare.verdict().ok and compare.rows[0].nan
+
+
+def test_not_a_number_on_both_sides_is_no_agreement(cli: Cli, built: Path, checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.input_layernorm.weight"].fill_(torch.nan)
+    save_file(tensors, file)
+    done = cli("verify", built, "--weights", checkpoint, "--decode", 0)
+    assert done.code == 1
+    where = "first in prefill: model.layers.1"
+    assert done.out.splitlines()[-1].startswith(f"DIFFERENT: the reference is not a number, {where}; ")
+    said = cli("verify", built, "--weights", checkpoint, "--decode", 0, "--json")
+    rows = json.loads(said.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["rows"]
+    assert [(row["nan"], row["ok"]) for row in rows][:2] == [(False, True), (True, False)]
+
+
+@pytest.mark.parametrize("positions", [2, 3, 7, 20])
+def test_a_model_of_few_positions(cli: Cli, tmp_path: Path, positions: int) -> None:
+    spec = replace(models.resolve("mixtral-tiny"), max_positions=positions)
+    package = moec.build(spec, out=tmp_path / "short", dtype="f32").path
+    assert cli("verify", package).code == 0
+    bench = cli("bench", package, "--repeats", 1, "--json").json()
+    assert bench["prefill_tokens"] + bench["decode_steps"] <= positions
+    assert cli("bench", package, "--repeats", 1, "--prefill", positions - 1).code == 0
+    assert cli("verify", package, "--tokens", positions - 1).code == 0
+    assert cli("verify", package, "--tokens", positions, "--decode", 1).code == 1
+
+
+def test_what_is_not_given_is_as_long_as_ever_where_it_fits(built: Path) -> None:
+    verdict = verify_package(built, "random:0")
+    (mixed,) = (row for row in verdict.rows if row.value == "mixed: model.layers.0")
+    assert mixed.shape[0] == 3 + CHUNK
+    assert sum(row.value.endswith("logits") for row in verdict.rows) == 2 + 4

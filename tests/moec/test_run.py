@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import moec
+from moec.commands.run import Bytes, FromFile
 
 from .conftest import PRESET, Cli
 
@@ -31,8 +31,60 @@ def test_bytes_are_tokens_of_a_vocabulary_of_256(cli: Cli, built: Path) -> None:
     argv = ("--weights", "random:0", "-n", 5)
     done = cli("run", built, prompt, *argv)
     new = ids(cli("run", built, "--ids", ",".join(map(str, prompt.encode())), *argv).out)
-    read = codecs.getincrementaldecoder("utf-8")("replace").decode  # what is cut off at the end isn't shown
-    assert done.out == prompt + read(bytes(new)) + "\n"
+    assert done.out == prompt + bytes(new).decode(errors="replace") + "\n"
+
+
+@pytest.mark.parametrize("text", ["", "é", "a→b", "\N{GRINNING FACE}!"])
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_bytes_that_end_within_a_character(text: str, cut: int) -> None:
+    ids = list(text.encode())[: len(text.encode()) - cut]
+    assert "".join(Bytes().stream(ids)) == bytes(ids).decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of GPT-2's kind: characters may be cut between tokens."""
+    vocab = {char: n for n, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    file = tmp_path_factory.mktemp("byte_level") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return file
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+def test_a_tokenizer_s_characters_over_several_tokens(byte_level: Path, cut: int) -> None:
+    tokenizer = FromFile(byte_level)
+    text = "naïve → \N{GRINNING FACE} 道可道 é"
+    new = tokenizer.encode(text)
+    new = new[: len(new) - cut]
+    pieces = list(tokenizer.stream(new))
+    assert "".join(pieces) == tokenizer._tokenizer.decode(new)
+    assert "\ufffd" not in "".join(pieces[:-1])
+    assert len(pieces) >= len(text) - 1, "not all at the end"
+
+
+def test_spaces_between_the_words_of_a_tokenizer(tmp_path: Path) -> None:
+    """Metaspace drops the space before the first word that it decodes, and only that one."""
+    tokenizer = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "c": 2, "<unk>": 3}, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert list(FromFile(tmp_path / "tokenizer.json").stream([0, 1, 2, 0])) == ["a", " b", "c", " a", ""]
+
+
+def test_a_token_s_cost_does_not_grow_with_the_text(byte_level: Path) -> None:
+    tokenizer, lengths = FromFile(byte_level), []
+
+    class Counting:
+        def decode(self, ids: list[int]) -> str:
+            lengths.append(len(ids))
+            return str(inner.decode(ids))
+
+    inner, tokenizer._tokenizer = tokenizer._tokenizer, Counting()
+    new = inner.encode("many words, one after the other " * 20).ids
+    assert "".join(tokenizer.stream(new)) == inner.decode(new)
+    assert max(lengths) <= 8
 
 
 def test_sampling_is_reproducible(cli: Cli, built: Path) -> None:
