@@ -107,8 +107,8 @@ def combine_plus(m: Match) -> Value:
     return combine_to(m, "s")
 
 
-COMBINE = P.combine("rows", "slot", "w", maybe("plus"), to=ANY).named("c")
-BARE_COMBINE = P.combine("rows", "slot", "w", None, to=ANY).named("c")
+COMBINE = P.combine("rows", maybe("slot"), "w", maybe("plus"), to=ANY).named("c")
+BARE_COMBINE = P.combine("rows", maybe("slot"), "w", None, to=ANY).named("c")
 
 FOLDS: Rules = {
     "cast-identity": (P.cast("x", to=ANY).where(keeps_type), operand("x")),  # cast(x) -> x

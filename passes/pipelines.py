@@ -32,12 +32,12 @@ def _pipeline(level: int, target: str) -> list[str]:
         "canonicalise",
         # What is computed, on every target.
         "expert-grouping",
-        # mla-absorb
+        "mla-absorb",
         "canonicalise",
         # In which precision: fp8-cast from sm_89 on, where a recipe or the checkpoint asks for it.
         # fp8-cast
         # What is computed together: on GPUs, which pay for every trip to memory.
-        # permute-fusion
+        *(["permute-fusion"] if target != "cpu" else []),
         # norm-fusion
         # rope-cache-fusion
         # Which kernel and which buffer, per target.

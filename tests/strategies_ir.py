@@ -249,6 +249,27 @@ def _attention(g: Graph) -> Any:
     return g.op("attention", q, k, v, cu_q, cu_k, scale=0.5, causal=causal, window=window)
 
 
+@draws("latent_attention")
+def _latent_attention(g: Graph) -> Any:
+    more = [n + g.draw(st.integers(0, 3)) for n in g.lengths]
+    heads, nope, rope, value, rank = (g.draw(small) for _ in range(5))
+    # In fp32: below it kernels round intermediates, which tiny results may be made of.
+    latent = TensorType(f32, (symbol(f"K{len(g.args)}"), rank + rope))
+    return g.op(
+        "latent_attention",
+        g.fresh(f32, N, heads, nope + rope),
+        g.argument(latent, g.data(f32, sum(more), rank + rope)),
+        g.param(f32, heads * (nope + value), rank),
+        *(g.integers(torch.tensor([0, *lens]).cumsum(0), as_dim(B + 1)) for lens in (g.lengths, more)),
+        nope=nope,
+        value=value,
+        scale=0.5,
+        causal=g.draw(st.booleans()),
+        window=g.draw(of([0, 1, 3])),
+        absorb_below=g.draw(of([0, 2, 9])),
+    )
+
+
 PAGE = CacheType(f32, (2, 3), 4)
 PAGES = 8
 
@@ -318,14 +339,25 @@ def _expert_slots(g: Graph) -> Any:
 
 @draws("sort_by_expert")
 def _sort_by_expert(g: Graph) -> Any:
-    _, id, experts, _ = _choice(g)
-    return g.op("sort_by_expert", id, experts=experts)
+    return _sorted(g)[0]
+
+
+def _sorted(g: Graph) -> tuple[tuple[Value, Value], Value, int, int]:
+    """Slots sorted by expert and their offsets; weights, experts, k. Some slots may be those of no expert."""
+    w, id, routed, k = _choice(g)
+    experts = g.draw(st.integers(1, routed))
+    return g.op("sort_by_expert", id, experts=experts), w, experts, k
+
+
+@draws("local_experts")
+def _local_experts(g: Graph) -> Any:
+    w, id, routed, _ = _choice(g)
+    return g.op("local_experts", w, id, first=g.draw(st.integers(0, routed)), experts=g.draw(small))
 
 
 @draws("gather_rows")
 def _gather_rows(g: Graph) -> Any:
-    _, id, experts, k = _choice(g)
-    slot, _ = g.op("sort_by_expert", id, experts=experts)
+    (slot, _), _, _, k = _sorted(g)
     return g.op("gather_rows", g.x(N, g.draw(small)), slot, per_row=k)
 
 
@@ -339,8 +371,7 @@ def _scatter_add(g: Graph) -> Any:
 
 def _grouped(g: Graph) -> tuple[Value, Value, Value]:
     """Rows through the experts, their slots, and the weights of these."""
-    w, id, experts, k = _choice(g)
-    slot, off = g.op("sort_by_expert", id, experts=experts)
+    (slot, off), w, experts, k = _sorted(g)
     x = g.x(N, g.draw(small))
     rows = g.op("gather_rows", x, slot, per_row=k)
     weights = g.param(x.type.dtype, experts, g.draw(small), x.type.shape[1])
@@ -349,12 +380,32 @@ def _grouped(g: Graph) -> tuple[Value, Value, Value]:
 
 @draws("grouped_linear")
 def _grouped_linear(g: Graph) -> Any:
-    return _grouped(g)[0]
+    rows, slot, _ = _grouped(g)
+    return _by_slot(g, rows, slot) if g.draw(st.booleans()) else rows
+
+
+def _by_slot(g: Graph, rows: Value, slot: Value) -> Value:
+    """The product ``rows`` once more, stored in the order of the slots."""
+    return g.op("grouped_linear", *rows.op.operands[:3], slot)
+
+
+@draws("gather_grouped_linear")
+def _gather_grouped_linear(g: Graph) -> Any:
+    (slot, off), _, experts, k = _sorted(g)
+    x, inner = g.x(N, g.draw(small)), g.draw(small)
+    if g.draw(st.booleans()):
+        how, width = {"epilogue": "swiglu", "act": g.draw(of(["silu", "gelu", "gelu_tanh"]))}, 2 * inner
+    else:
+        how, width = {}, inner
+    w = g.param(x.type.dtype, experts, width, x.type.shape[1])
+    return g.op("gather_grouped_linear", x, w, slot, off, per_row=k, **how)
 
 
 @draws("combine")
 def _combine(g: Graph) -> Any:
     rows, slot, w = _grouped(g)
+    if g.draw(st.booleans()):
+        rows, slot = _by_slot(g, rows, slot), None
     plus = g.x(N, rows.type.shape[1]) if g.draw(st.booleans()) else None
     return g.op("combine", rows, slot, w, plus, to=g.draw(of([None, f32])))
 

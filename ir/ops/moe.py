@@ -8,7 +8,8 @@ import sympy
 import torch
 
 from moec.ir.attrs import BOOL, DTYPE, FLOAT, INT, SYMBOL, choice
-from moec.ir.op import Cost, Op, attr, operand, result
+from moec.ir.op import Cost, Op, Value, attr, operand, result
+from moec.ir.ops.elementwise import SwiGLU
 from moec.ir.types import TensorType, as_dim, f32, i32, symbol
 
 
@@ -199,46 +200,129 @@ class ScatterAdd(Op, name="scatter_add"):
         return acc.index_add(0, slot // per_row, weighted.to(acc.dtype))
 
 
-class GroupedLinear(Op, name="grouped_linear"):
-    """Rows off[e]:off[e+1] of x times the weights of expert e; rows that no expert owns come out as zeros."""
+class ExpertProduct(Op):
+    """Expert e owns rows off[e]:off[e+1]; what no expert owns comes out as zeros."""
 
-    x = operand("[R~E, K]")
-    w = operand("[E, N, K]")
-    off = operand("[E+1] int32")
-    y = result("[R~E, N]")
+    x: Any
+    w: Any
+    off: Any
 
-    def infer(self) -> TensorType:
+    def weights(self, sorted: Value) -> TensorType:
+        """The type of w, once it fits x, off and the groups that ``sorted`` is in."""
         x, w, off = self.tensor(self.x, 2), self.tensor(self.w, 3), self.integers(self.off, 1)
         self.same("K", x.shape[1], self.x, w.shape[2], self.w)
         self.same("the dtype", x.dtype, self.x, w.dtype, self.w)
         self.same("E+1", as_dim(w.shape[0] + 1), self.w, off.shape[0], self.off)
-        if x.groups is not None:
-            self.same("the number of groups", x.groups, self.x, w.shape[0], self.w)
-        return TensorType(x.dtype, (x.shape[0], w.shape[1]), w.shape[0])
+        groups = self.tensor(sorted).groups
+        if groups is not None:
+            self.same("the number of groups", groups, sorted, w.shape[0], self.w)
+        return w
+
+    def product_cost(self, rows: Any) -> Cost:
+        """Weights of experts without rows needn't move: with R rows at random, (1 - 1/E)^R of the experts."""
+        w = self.w.type
+        idle = (1 - 1 / sympy.Float(w.shape[0])) ** rows
+        return Cost(2 * rows * w.shape[1] * w.shape[2], self.moved_bytes() - w.nbytes * idle)
+
+
+class GroupedLinear(ExpertProduct, name="grouped_linear"):
+    """Each row of x times its expert's weights; with ``slot``, row r is stored at place slot[r]."""
+
+    x = operand("[R~E, K]")
+    w = operand("[E, N, K]")
+    off = operand("[E+1] int32")
+    slot = operand("[R] int32: each of 0..R-1 once", optional=True)
+    y = result("[R~E, N]; with slot [R, N], in the order of the slots")
+
+    def infer(self) -> TensorType:
+        w, x = self.weights(self.x), self.tensor(self.x)
+        y = TensorType(x.dtype, (x.shape[0], w.shape[1]), w.shape[0])
+        if self.slot is None:
+            return y
+        slot = self.integers(self.slot, 1)
+        self.same("R", x.shape[0], self.x, slot.shape[0], self.slot)
+        return y.with_(groups=None)
 
     def cost(self) -> Cost:
-        """Weights of experts without rows needn't move: with R rows at random, (1 - 1/E)^R of the experts."""
-        x, w = self.x.type, self.w.type
-        idle = (1 - 1 / sympy.Float(w.shape[0])) ** x.shape[0]
-        return Cost(2 * x.numel * w.shape[1], self.moved_bytes() - w.nbytes * idle)
+        return self.product_cost(self.x.type.shape[0])
 
     @staticmethod
-    def reference(x: torch.Tensor, w: torch.Tensor, off: torch.Tensor) -> torch.Tensor:
+    def reference(
+        x: torch.Tensor, w: torch.Tensor, off: torch.Tensor, slot: torch.Tensor | None = None
+    ) -> torch.Tensor:
         y = torch.zeros(x.shape[0], w.shape[1], dtype=torch.float32, device=x.device)
         for e in range(w.shape[0]):
             rows = slice(int(off[e]), int(off[e + 1]))
             y[rows] = x[rows].float() @ w[e].float().t()
+        if slot is not None:
+            y = torch.zeros_like(y).index_copy(0, slot.long(), y)
+        return y.to(x.dtype)
+
+
+class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
+    """Row slot[r] // per_row of x times the weights of the expert that owns r, in one go with what follows.
+
+    The epilogue works on the product in fp32, which is then rounded once. For ``swiglu`` an expert's weights
+    hold its gate rows, then its up rows: act(gate) · up.
+    """
+
+    x = operand("[T, K]")
+    w = operand("[E, N, K]")
+    slot = operand("[R~E] int32")
+    off = operand("[E+1] int32")
+    per_row = attr(INT, doc="slots a token: k")
+    epilogue = attr(choice("none", "swiglu"), "none", doc="what is applied to the product")
+    act = attr(choice("silu", "gelu", "gelu_tanh"), "silu", doc="swiglu's; gelu_tanh: its tanh approximation")
+    y = result("[R~E, N]; with swiglu [R~E, N/2]")
+
+    def infer(self) -> TensorType:
+        slot = self.integers(self.slot, 1)
+        w = self.weights(self.slot)
+        if self.per_row < 1:
+            raise self.mismatch(f"per_row is {self.per_row}")
+        width = w.shape[1]
+        if self.epilogue == "swiglu":
+            if not isinstance(width, int) or width % 2:
+                raise self.mismatch(f"{self.w.text} is {w}: gate and up need an even number of rows")
+            width //= 2
+        elif self.act != "silu":
+            raise self.mismatch(f"act is {self.act}, but no epilogue applies it")
+        return TensorType(w.dtype, (slot.shape[0], width), w.shape[0])
+
+    def cost(self) -> Cost:
+        epilogue = Cost(5 * self.y.type.numel) if self.epilogue == "swiglu" else Cost()
+        return self.product_cost(self.slot.type.shape[0]) + epilogue
+
+    @staticmethod
+    def reference(
+        x: torch.Tensor,
+        w: torch.Tensor,
+        slot: torch.Tensor,
+        off: torch.Tensor,
+        *,
+        per_row: int,
+        epilogue: str,
+        act: str,
+    ) -> torch.Tensor:
+        token = slot.long() // per_row
+        y = torch.zeros(len(slot), w.shape[1], dtype=torch.float32, device=x.device)
+        for e in range(w.shape[0]):
+            rows = slice(int(off[e]), int(off[e + 1]))
+            y[rows] = x[token[rows]].float() @ w[e].float().t()
+        if epilogue == "swiglu":
+            y = SwiGLU.reference(y, act=act)  # of fp32, in fp32
         return y.to(x.dtype)
 
 
 class Combine(Op, name="combine"):
-    """y[t] = Σ_j w[t, j] · rows[place of slot t·k + j], summed in the order of j in fp32 and rounded once.
+    """y[t] = Σ_j w[t, j] · the row of slot t·k + j, summed in the order of j in fp32 and rounded once.
 
-    ``plus`` is added before the rounding: the shared expert's output.
+    Row r is that of slot[r]; without ``slot`` rows are in the order of the slots. ``plus`` is added before
+    the rounding: the shared expert's output.
     """
 
-    rows = operand("[T·k~E, H]")
-    slot = operand("[T·k] int32")
+    rows = operand("[T·k~E, H]; without slot [T·k, H]")
+    slot = operand("[T·k] int32: each of 0..T·k-1 once", optional=True)
     w = operand("[T, k]")
     plus = operand("[T, H]", optional=True)
     order = attr(choice("slot"), "slot", doc="the order of the sum: by slot")
@@ -248,7 +332,12 @@ class Combine(Op, name="combine"):
     def infer(self) -> TensorType:
         rows, w = self.tensor(self.rows, 2), self.tensor(self.w, 2)
         self.same("T·k", rows.shape[0], self.rows, w.numel, self.w)
-        self.same("T·k", rows.shape[0], self.rows, self.integers(self.slot, 1).shape[0], self.slot)
+        if self.slot is not None:
+            self.same("T·k", rows.shape[0], self.rows, self.integers(self.slot, 1).shape[0], self.slot)
+        elif rows.groups is not None:
+            raise self.mismatch(
+                f"{self.rows.text} is {rows}, by expert, but no slot says whose rows they are"
+            )
         y = TensorType(self.to or rows.dtype, (w.shape[0], rows.shape[1]))
         if self.plus is not None and self.tensor(self.plus).shape != y.shape:
             raise self.mismatch(f"{self.plus.text} is {self.plus.type} but the result {y}")
@@ -260,7 +349,7 @@ class Combine(Op, name="combine"):
     @staticmethod
     def reference(
         rows: torch.Tensor,
-        slot: torch.Tensor,
+        slot: torch.Tensor | None,
         w: torch.Tensor,
         plus: torch.Tensor | None = None,
         *,
@@ -268,8 +357,9 @@ class Combine(Op, name="combine"):
         to: Any,
     ) -> torch.Tensor:
         tokens, k = w.shape
-        by_slot = torch.zeros(tokens * k, rows.shape[1], dtype=torch.float32, device=rows.device)
-        by_slot[slot.long()] = rows.float()
+        by_slot = rows.float()
+        if slot is not None:
+            by_slot = torch.zeros_like(by_slot).index_copy(0, slot.long(), by_slot)
         by_slot = by_slot.view(tokens, k, rows.shape[1])
         y = torch.zeros(tokens, rows.shape[1], dtype=torch.float32, device=rows.device)
         for j in range(k):

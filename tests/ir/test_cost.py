@@ -98,6 +98,27 @@ def line(text: str, args: str) -> Op:
     return next(iter(parse_module(f"moec.ir 1 func @f({args}) -> {out}\n  {text}\n  {ret}\nend\n"))).ops[0]
 
 
+def test_the_fused_products_move_neither_gathered_rows_nor_gate_and_up(grouped: Module) -> None:
+    x = "%x: bf16[T,7168], %w: bf16[256,4096,7168], %s: i32[8*T~256], %o: i32[257]"
+    fused = "%h = gather_grouped_linear(%x, %w, %s, %o) {epilogue=swiglu, per_row=8} : bf16[8*T~256,2048]"
+    h = "%h: bf16[8*T~256,2048], %w: bf16[256,7168,2048], %o: i32[257], %s: i32[8*T~256]"
+    placed = "%d = grouped_linear(%h, %w, %o, %s) : bf16[8*T,7168]"
+    T, rows = (
+        512,
+        8 * 512,
+    )  # all experts have rows: (255/256)^4096 of the weights, a ten-millionth, needn't move
+    flops, nbytes = at(op_cost(line(fused, x)), T=T)
+    assert flops == 2 * rows * 7168 * 4096 + 5 * rows * 2048
+    moved = 2 * T * 7168 + 2 * 256 * 4096 * 7168 + 4 * rows + 4 * 257 + 2 * rows * 2048
+    assert nbytes == pytest.approx(moved, rel=1e-6)
+    assert flops == sum(at(op_cost(op(grouped, name)), T=T)[0] for name in ("gu", "h"))
+    flops, nbytes = at(op_cost(line(placed, h)), T=T)
+    assert (flops, nbytes) == (
+        at(op_cost(op(grouped, "d")), T=T)[0],
+        pytest.approx(at(op_cost(op(grouped, "d")), T=T)[1] + 4 * rows),
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "args", "flops", "nbytes"),
     [
@@ -149,6 +170,12 @@ def line(text: str, args: str) -> Op:
             16 * N,
             40 * N,
         ),
+        (
+            "%o = combine(%r, _, %w) : bf16[N,4]",
+            "%r: bf16[2*N,4], %w: f32[N,2]",
+            16 * N,
+            32 * N,
+        ),
     ],
 )
 def test_by_hand(text: str, args: str, flops: object, nbytes: object) -> None:
@@ -170,6 +197,21 @@ def test_attention_takes_640_flops_a_head_query_and_key() -> None:
     assert at(cost, N=32, S=4096, B=8)[0] == 640 * 128 * 32 * 4096 / 8
     assert op_cost(attention("32", "4096", "4")).flops == sympy.Rational(640 * 128 * 32 * 4096, 3)
     assert op_cost(attention("0", "0", "1")).flops == 0  # no sequences
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "absorbed"),
+    [(1, 4096, True), (170, 10**6, True), (171, 10**6, False), (512, 512, False)],
+)
+def test_latent_attention_costs_its_cheaper_form(tokens: int, keys: int, absorbed: bool) -> None:
+    """A head's FLOPs at DeepSeek-V3's widths, for each of two sequences; nothing of keys' size is moved."""
+    args = "%q: bf16[N,128,192], %c: bf16[S,576], %w: bf16[32768,512], %a: i32[B+1], %b: i32[B+1]"
+    attrs = "{absorb_below=171, nope=128, scale=0.1, value=128}"
+    cost = op_cost(line(f"%o = latent_attention(%q, %c, %w, %a, %b) {attrs} : bf16[N,128,128]", args))
+    flops, nbytes = at(cost, N=2 * tokens, S=2 * keys, B=2)
+    form = (2176, tokens) if absorbed else (640, keys)
+    assert flops == 2 * 128 * (form[0] * tokens * keys + 262_144 * form[1])
+    assert nbytes == 2 * (1152 * keys + 2 * 128 * (192 + 128) * tokens) + 2 * 32768 * 512 + 2 * 4 * 3
 
 
 LOOPS = """\

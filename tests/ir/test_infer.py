@@ -41,9 +41,24 @@ GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "embedding": (["i64[N]", "bf16[100,64]"], {}, "bf16[N,64]"),
     "expert_slots": (["i32[N,8]", "index"], {}, "i32[R]"),
     "for_each": (["f32[N,4]"], {"callee": "f", "carry": 1, "experts": Range(0, 3)}, "f32[N,4]"),
+    "gather_grouped_linear": (
+        ["bf16[N,64]", "bf16[256,32,64]", "i32[8*N~256]", "i32[257]"],
+        {"per_row": 8, "epilogue": "swiglu", "act": "gelu"},
+        "bf16[8*N~256,16]",
+    ),
     "gather_rows": (["bf16[N,64]", "i32[8*N~256]"], {"per_row": 8}, "bf16[8*N~256,64]"),
     "grouped_linear": (["bf16[8*N~256,64]", "bf16[256,32,64]", "i32[257]"], {}, "bf16[8*N~256,32]"),
+    "latent_attention": (
+        ["bf16[N,16,192]", "bf16[S,576]", "bf16[4096,512]", "i32[B+1]", "i32[B+1]"],
+        {"nope": 128, "value": 128, "scale": 0.1, "absorb_below": 171},
+        "bf16[N,16,128]",
+    ),
     "linear": (["bf16[8*N~4,64]", "bf16[32,64]", "bf16[32]"], {"acc": f32}, "f32[8*N~4,32]"),
+    "local_experts": (
+        ["f32[N,8]", "i32[N,8]"],
+        {"first": 64, "experts": 64},
+        "f32[N,8], i32[N,8]",
+    ),
     "mul": (["bf16[1,4]", "bf16[N,1]"], {}, "bf16[N,4]"),
     "prefix_sum": (["i32[B]"], {}, "i32[B+1]"),
     "reshape": (["bf16[N~2,6]"], {"shape": (N, 2, 3)}, "bf16[N~2,2,3]"),
@@ -99,6 +114,11 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("combine", {1: "i32[N]"}, "T·k is 8*N in %rows but N in %slot"),
     ("combine", {1: "f32[8*N]"}, "%slot is f32[8*N], not integers"),
     ("combine", {3: "bf16[N,63]"}, "%plus is bf16[N,63] but the result bf16[N,64]"),
+    (
+        "combine",
+        {1: "_"},
+        "%rows is bf16[8*N~256,64], by expert, but no slot says whose rows they are",
+    ),
     ("concat", {1: "f32[N,5]"}, "the dtype is bf16 in %xs.0 but f32 in %xs.1"),
     ("concat", {1: "bf16[M,5]"}, "axis 0 is N in %xs.0 but M in %xs.1"),
     ("concat", {1: "bf16[N]"}, "%xs.1 is bf16[N], not of rank 2"),
@@ -112,6 +132,27 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("expert_slots", {0: "f32[N,8]"}, "%id is f32[N,8], not integers"),
     ("expert_slots", {1: "i32[1]"}, "%expert is i32[1], not an index"),
     ("for_each", {"carry": 2}, "returns 2 values but takes 1"),
+    ("gather_grouped_linear", {0: "bf16[64]"}, "%x is bf16[64], not of rank 2"),
+    ("gather_grouped_linear", {1: "bf16[32,64]"}, "%w is bf16[32,64], not of rank 3"),
+    ("gather_grouped_linear", {1: "bf16[256,32,63]"}, "K is 64 in %x but 63 in %w"),
+    ("gather_grouped_linear", {1: "f32[256,32,64]"}, "the dtype is bf16 in %x but f32 in %w"),
+    ("gather_grouped_linear", {2: "f32[8*N]"}, "%slot is f32[8*N], not integers"),
+    ("gather_grouped_linear", {2: "i32[N,8]"}, "%slot is i32[N,8], not of rank 1"),
+    ("gather_grouped_linear", {2: "i32[8*N~8]"}, "the number of groups is 8 in %slot but 256 in %w"),
+    ("gather_grouped_linear", {3: "i32[256]"}, "E+1 is 257 in %w but 256 in %off"),
+    ("gather_grouped_linear", {3: "f32[257]"}, "%off is f32[257], not integers"),
+    ("gather_grouped_linear", {"per_row": 0}, "per_row is 0"),
+    (
+        "gather_grouped_linear",
+        {1: "bf16[256,33,64]"},
+        "%w is bf16[256,33,64]: gate and up need an even number of rows",
+    ),
+    (
+        "gather_grouped_linear",
+        {1: "bf16[256,N,64]"},
+        "%w is bf16[256,N,64]: gate and up need an even number of rows",
+    ),
+    ("gather_grouped_linear", {"epilogue": "none"}, "act is gelu, but no epilogue applies it"),
     ("gather_rows", {0: "bf16[N]"}, "%x is bf16[N], not of rank 2"),
     ("gather_rows", {1: "f32[N]"}, "%slot is f32[N], not integers"),
     ("gather_rows", {"per_row": 0}, "per_row is 0"),
@@ -120,11 +161,46 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("grouped_linear", {2: "i32[256]"}, "E+1 is 257 in %w but 256 in %off"),
     ("grouped_linear", {2: "f32[257]"}, "%off is f32[257], not integers"),
     ("grouped_linear", {0: "bf16[N~8,64]"}, "the number of groups is 8 in %x but 256 in %w"),
+    ("grouped_linear", {3: "i32[N]"}, "R is 8*N in %x but N in %slot"),
+    ("grouped_linear", {3: "f32[8*N]"}, "%slot is f32[8*N], not integers"),
+    ("latent_attention", {0: "bf16[N,192]"}, "%q is bf16[N,192], not of rank 3"),
+    ("latent_attention", {1: "bf16[S,1,576]"}, "%latent is bf16[S,1,576], not of rank 2"),
+    ("latent_attention", {2: "bf16[16,256,512]"}, "%w is bf16[16,256,512], not of rank 2"),
+    ("latent_attention", {1: "f32[S,576]"}, "the dtype is bf16 in %q but f32 in %latent"),
+    ("latent_attention", {2: "f32[4096,512]"}, "the dtype is bf16 in %q but f32 in %w"),
+    ("latent_attention", {3: "f32[B+1]"}, "%cu_q is f32[B+1], not integers"),
+    ("latent_attention", {4: "i32[B]"}, "B+1 is B + 1 in %cu_q but B in %cu_k"),
+    (
+        "latent_attention",
+        {0: "bf16[N,H,192]"},
+        "%q is bf16[N,H,192]: heads and their width must be known",
+    ),
+    (
+        "latent_attention",
+        {"nope": 193},
+        "nope is 193 and value 128, of heads that are 192 wide in %q",
+    ),
+    ("latent_attention", {"nope": 0}, "nope is 0 and value 128, of heads that are 192 wide in %q"),
+    ("latent_attention", {"value": 0}, "nope is 128 and value 0, of heads that are 192 wide in %q"),
+    (
+        "latent_attention",
+        {"value": 64},
+        "%w is bf16[4096,512], but 16 heads of 128 + 64 rows are 3072",
+    ),
+    ("latent_attention", {1: "bf16[S,512]"}, "C+R is 512 in %latent but 576 in %w"),
+    ("latent_attention", {"window": -1}, "window is -1, absorb_below 171"),
+    ("latent_attention", {"absorb_below": -1}, "window is 0, absorb_below -1"),
     ("linear", {1: "bf16[32,63]"}, "K is 64 in %x but 63 in %w"),
     ("linear", {1: "f32[32,64]"}, "the dtype is bf16 in %x but f32 in %w"),
     ("linear", {2: "bf16[31]"}, "N is 31 in %bias but 32 in %w"),
     ("linear", {0: "bf16[]"}, "%x is bf16[], but needs an axis"),
     ("linear", {0: "f8e4m3[N,64]@s1x64"}, "%x is f8e4m3[N,64]@s1x64: this op doesn't read block scales"),
+    ("local_experts", {1: "f32[N,8]"}, "%id is f32[N,8], not integers"),
+    ("local_experts", {1: "i32[M,8]"}, "T is N in %w but M in %id"),
+    ("local_experts", {1: "i32[N,4]"}, "k is 8 in %w but 4 in %id"),
+    ("local_experts", {0: "f32[N]"}, "%w is f32[N], not of rank 2"),
+    ("local_experts", {"experts": 0}, "experts is 0 and first 64"),
+    ("local_experts", {"first": -1}, "experts is 64 and first -1"),
     ("mul", {1: "bf16[N,2]"}, "axis 1 of %a is 4 but axis 1 of %b is 2"),
     ("prefix_sum", {0: "f32[B]"}, "%n is f32[B], not integers"),
     ("prefix_sum", {0: "i32[B,2]"}, "%n is i32[B,2], not of rank 1"),
@@ -235,6 +311,16 @@ def test_a_norms_eps_keeps_the_root_real(eps: float, good: bool) -> None:
     else:
         with pytest.raises(TypeMismatch, match=f"eps is {eps}: it must be 0 or more"):
             build("rms_norm", operands, attrs | {"eps": eps})
+
+
+def test_an_operand_left_out_or_an_epilogue_changes_the_result() -> None:
+    grouped = ["bf16[8*N~256,64]", "bf16[256,32,64]", "i32[257]", "i32[8*N~256]"]
+    assert str(build("grouped_linear", grouped, {}).results[0].type) == "bf16[8*N,32]"
+    in_slot_order = ["bf16[8*N,64]", "_", "f32[N,8]", "bf16[N,64]"]
+    assert str(build("combine", in_slot_order, {"to": f32}).results[0].type) == "f32[N,64]"
+    operands, attrs, _ = GOOD["gather_grouped_linear"]
+    plain = build("gather_grouped_linear", operands, {"per_row": attrs["per_row"]})
+    assert str(plain.results[0].type) == "bf16[8*N~256,32]"
 
 
 def test_grouping_ends_where_rows_are_cut_or_joined() -> None:

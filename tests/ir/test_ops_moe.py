@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -16,6 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from moec.ir.types import bf16, f32
 from tests.ir.helpers import ints, offsets, reference
+from tests.strategies_types import of
 
 HIDDEN, TOKENS = 16, 9
 
@@ -186,6 +188,52 @@ def test_grouped_linear(counts: list[int], unowned: int) -> None:
     assert torch.equal(found[row:], torch.zeros(unowned, 5))
 
 
+@given(id_tables)
+def test_grouped_linear_stores_rows_by_slot(case: tuple[torch.Tensor, int]) -> None:
+    id, experts = case
+    torch.manual_seed(id.numel())
+    slot, off = reference("sort_by_expert", id, experts=experts)
+    x, w = torch.randn(id.numel(), 3), torch.randn(experts, 5, 3)
+    x[off[-1] :] = torch.nan  # never read
+    found = reference("grouped_linear", x, w, off, slot)
+    place = {int(s): row for row, s in enumerate(slot)}
+    for s, expert in enumerate(id.flatten().tolist()):
+        expected = w[expert] @ x[place[s]] if 0 <= expert < experts else torch.zeros(5)
+        torch.testing.assert_close(found[s], expected)
+
+
+@given(id_tables, of(["none", "silu", "gelu", "gelu_tanh"]))
+def test_gather_grouped_linear(case: tuple[torch.Tensor, int], act: str) -> None:
+    """Slot by slot against torch's modules: the expert's weights times the token that chose it."""
+    id, experts = case
+    tokens, k = id.shape
+    torch.manual_seed(id.numel())
+    x, w = torch.randn(tokens, 3), torch.randn(experts, 6, 3)
+    slot, off = reference("sort_by_expert", id, experts=experts)
+    how = {} if act == "none" else {"epilogue": "swiglu", "act": act}
+    found = reference("gather_grouped_linear", x, w, slot, off, per_row=k, **how)
+    activations = {"silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}
+    for row, s in enumerate(slot.tolist()):
+        expert = int(id[s // k, s % k])
+        if not 0 <= expert < experts:
+            assert not found[row].any()
+            continue
+        expected = w[expert] @ x[s // k]
+        if act != "none":
+            expected = activations[act](expected[:3]) * expected[3:]
+        torch.testing.assert_close(found[row], expected)
+
+
+def test_the_epilogue_sees_the_product_before_it_is_rounded() -> None:
+    x = torch.tensor([[1.0, 2.0**-8]], dtype=torch.bfloat16)
+    w = torch.tensor([[[192.0, 0.0], [1.0, 1.0]]], dtype=torch.bfloat16)  # gate 192, up 1 + 2^-8
+    slot, off = ints(0), ints(0, 1)
+    fused = reference("gather_grouped_linear", x, w, slot, off, per_row=1, epilogue="swiglu")
+    rounded = reference("swiglu", reference("grouped_linear", x, w, off))
+    # silu(192) is 192, and 192.75 lies nearer to 193; bf16 has no 1 + 2^-8.
+    assert (fused.item(), rounded.item()) == (193.0, 192.0)
+
+
 @given(id_tables, st.booleans(), st.booleans())
 def test_combine(case: tuple[torch.Tensor, int], plus: bool, wide: bool) -> None:
     id, experts = case
@@ -205,6 +253,8 @@ def test_combine(case: tuple[torch.Tensor, int], plus: bool, wide: bool) -> None
     assert found.dtype == (torch.float32 if wide else torch_dtype)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if wide else {"rtol": 2**-8, "atol": 1e-5}
     torch.testing.assert_close(found.double(), exact, **tolerance)
+    in_slot_order = rows[[place[s] for s in range(len(rows))]]
+    assert torch.equal(reference("combine", in_slot_order, None, w, shared, to=f32 if wide else None), found)
 
 
 def test_combine_sums_in_the_order_of_the_choices() -> None:
@@ -214,6 +264,7 @@ def test_combine_sums_in_the_order_of_the_choices() -> None:
     rows = torch.tensor([[1.0], [-big], [big]])  # rows of slots 1, 2 and 0
     assert reference("combine", rows, ints(1, 2, 0), w).tolist() == [[0.0]]
     assert reference("combine", rows, ints(2, 1, 0), w).tolist() == [[1.0]]
+    assert reference("combine", rows, None, w).tolist() == [[1 - big + big]]
 
 
 @given(id_tables)

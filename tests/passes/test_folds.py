@@ -303,3 +303,22 @@ def test_combine_plus_rounds_once() -> None:
     assert op_names(m) == ["combine"]
     assert torch.equal(after, exact.bfloat16())
     assert float((after.float() - exact).abs().max()) <= float((before.float() - exact).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("rule", "more"),
+    [
+        ("combine-dtype", "%y = combine(%r, _, %w) {to=f32} : f32[N,4]"),
+        ("cast-combine", "%a = combine(%r, _, %w) : f32[N,4];%y = cast(%a) {to=bf16} : bf16[N,4]"),
+        ("combine-plus", "%a = combine(%r, _, %w) : f32[N,4];%y = add(%v, %a) : f32[N,4]"),
+    ],
+)
+def test_folds_of_a_combine_in_slot_order(rule: str, more: str) -> None:
+    """What permute-fusion leaves folds as what it took."""
+    m = module(text("%r: f32[2*N,4], %w: f32[N,2], %v: f32[N,4]", more.split(";")))
+    args = inputs(m)
+    before = interpret(m, {}, *args)
+    runs = run("canonicalise", m)
+    assert runs[0].fired.get(rule) == 1
+    assert op_names(m) == ["combine"]
+    assert torch.equal(before, interpret(m, {}, *args))

@@ -50,7 +50,8 @@ def test_dumps_read_back_and_resume(tmp_path: Path) -> None:
         "000_naive.moec",
         "001_canonicalise.moec",
         "002_expert-grouping.moec",
-        "003_canonicalise.moec",
+        "003_mla-absorb.moec",
+        "004_canonicalise.moec",
     ]
     for path in dump.files:
         assert print_module(read_module(path)) == path.read_text(encoding="utf-8")
@@ -65,7 +66,12 @@ def test_events(tmp_path: Path) -> None:
     runs = PassManager(pipeline(2), [events]).run(m)
     written = [json.loads(line) for line in (tmp_path / "build" / "events.jsonl").read_text().splitlines()]
     assert written == events.rows
-    assert [row["pass"] for row in written] == ["canonicalise", "expert-grouping", "canonicalise"]
+    assert [row["pass"] for row in written] == [
+        "canonicalise",
+        "expert-grouping",
+        "mla-absorb",
+        "canonicalise",
+    ]
     grouping = written[1]
     assert grouping["changed"] and grouping["seconds"] >= 0
     assert grouping["fired"] == {"expert-loop": 1, "gate-up": 1, "grouped-gate-up": 1}

@@ -76,7 +76,12 @@ def test_options_print_and_parse(options: Options) -> None:
     ("text", "error", "message"),
     [
         ("canonicalize", UnknownPass, "no pass is called 'canonicalize'; did you mean canonicalise?"),
-        ("xyz", UnknownPass, "no pass is called 'xyz'; there are canonicalise, expert-grouping, sample"),
+        (
+            "xyz",
+            UnknownPass,
+            "no pass is called 'xyz'; there are canonicalise, expert-grouping, mla-absorb, permute-fusion, "
+            "sample",
+        ),
         ("sample{blok=1}", BadOption, "sample: no option is called 'blok'; did you mean block?"),
         ("canonicalise{x=1}", BadOption, "canonicalise: no option is called 'x'; it has none"),
         ("sample{block=big}", BadOption, "sample: block=big is no int"),
@@ -101,6 +106,7 @@ def test_pipelines_name_passes_that_exist(level: int, target: str) -> None:
     names = [p.name for p in pipeline(level, target)]
     assert (names == []) == (level == 0)
     assert ("expert-grouping" in names) == (level >= 2)
+    assert ("permute-fusion" in names) == (level >= 2 and target != "cpu")
 
 
 def test_another_level_is_a_mistake() -> None:
