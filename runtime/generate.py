@@ -109,7 +109,7 @@ class Generation:
         tokens = self.prompts.ids
         for _ in range(self.max_new_tokens):
             batch = next_batch([self.sequences[i] for i in going], tokens)
-            logits = self.model.step(batch, self.cache)
+            logits = self.model.step(batch, self.cache).cpu()
             picked: list[int | None] = [None] * len(self.prompts.ids)
             for i, row in zip(going, logits, strict=True):
                 token = self.sampling.pick(row, self.generators[i])

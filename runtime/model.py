@@ -15,8 +15,10 @@ from moec.runtime.cache import CachedSequence, CacheSpec, KVCache
 from moec.runtime.checkpoint import open_checkpoint
 from moec.runtime.dtypes import DTYPES
 from moec.runtime.generate import Generation, Prompts
+from moec.runtime.launch import preload
 from moec.runtime.package import Package
 from moec.runtime.sampling import Sampling
+from moec.runtime.triton_mode import require_interpreter
 from moec.runtime.values import whole
 from moec.runtime.weights import Progress, Weights, load_weights
 
@@ -30,10 +32,14 @@ class Loaded:
         self.name: str = self.manifest["name"]
         self.cache_specs = tuple(CacheSpec.of(c) for c in self.manifest["caches"])
         self._code = package.module("model")
+        # Where tensors live: the interpreter runs a GPU's kernels on the CPU's.
+        self.memory = "cuda" if device == "cuda" else "cpu"
+        if device == "cuda":
+            preload(self._code.__name__.rpartition(".")[0], torch.cuda.current_device())
 
     def new_cache(self, tokens: int) -> KVCache:
         """A cache with room for ``tokens`` tokens of one sequence, or as many pages shared by several."""
-        return KVCache(self.cache_specs, max(1, -(-tokens // self.page)), self.device)
+        return KVCache(self.cache_specs, max(1, -(-tokens // self.page)), self.memory)
 
     def _fitting(self, batch: Any, cache: Any) -> None:
         """Raises BadInput for what is no batch, no cache, or a cache that holds another model's entries."""
@@ -96,7 +102,9 @@ class LayerModel(Loaded):
             pages, page = (cache.pages, cache.page) if cache is not None else (None, None)
             batch.check(None, self.manifest["max_positions"], pages, page)
         return [
-            cache.tensors[name] if cache is not None and name in caches else getattr(batch, name)
+            cache.tensors[name]
+            if cache is not None and name in caches
+            else getattr(batch, name).to(self.memory)
             for name in names
         ]
 
@@ -112,10 +120,12 @@ class LanguageModel(Loaded):
     def hidden(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """One step's final hidden states [N, hidden]; the batch's entries are in the cache afterwards."""
         self._fitting(batch, cache)
-        batch.check(self.vocab, self.max_positions, cache.pages, cache.page)
+        if batch.ids.device.type == "cpu":  # its values; to read back a GPU's would stall it
+            batch.check(self.vocab, self.max_positions, cache.pages, cache.page)
         pages = [cache.tensors[spec.name] for spec in self.cache_specs]
         with torch.inference_mode():
-            h: torch.Tensor = self._code.step(*batch.tensors(), *pages, self.weights)
+            inputs = [t.to(self.memory, non_blocking=True) for t in batch.tensors()]
+            h: torch.Tensor = self._code.step(*inputs, *pages, self.weights)
         return h
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
@@ -134,7 +144,7 @@ class LanguageModel(Loaded):
         if len(batch.seq_lens) and not len(h):
             raise BadInput("no sequence of the batch has a new token")
         last = (batch.cu_seqlens[1:].long() - 1).clamp(min=0)
-        return self.head(h[last])
+        return self.head(h[last.to(self.memory, non_blocking=True)])
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, vocab] of ids [B, T] int64; no cache is kept. Raises BadInput."""
@@ -217,7 +227,8 @@ def load(
     """The model of a built package with its weights.
 
     weights   a folder of safetensors, a mapping of names to tensors, or ``"random:SEED"``
-    device    ``"cpu"``; by default the one that the package was built for
+    device    ``"cpu"`` or ``"cuda"``, as the package was built for, by default; ``"interpret"`` runs a GPU's
+              package on the CPU, in Triton's interpreter (TRITON_INTERPRET=1 from the process's start)
     verify    checks every file's hash before any is run; turn it off for a package that you edited
     progress  called with (parameters done, parameters in all) as they are loaded
 
@@ -234,13 +245,30 @@ def load(
     opened = Package(Path(package), verify)
     target = opened.manifest["target"]
     device = device or opened.manifest["device"]
-    if device != opened.manifest["device"]:
-        raise DeviceUnavailable(f"{package} was built for {target} and can't run on {device!r}")
+    check_device(device, target, opened.manifest["device"])
     checkpoint = open_checkpoint(weights, opened.manifest["checkpoint"])
-    loaded = load_weights(checkpoint, opened.manifest, opened.module("weights"), progress)
+    memory = "cuda" if device == "cuda" else "cpu"
+    loaded = load_weights(checkpoint, opened.manifest, opened.module("weights"), progress, memory)
     entries = opened.manifest["entries"]
     if "step" in entries:
         return LanguageModel(opened, loaded, device)
     if "forward" in entries:
         return LayerModel(opened, loaded, device)
     raise NotAPackage(f"{package} has no entry that this moec can run")
+
+
+def check_device(device: str, target: str, built_for: str) -> None:
+    """Raises DeviceUnavailable where a package for ``target`` can't run on ``device`` in this process, or
+    InterpreterOff where Triton's interpreter isn't on.
+    """
+    if device == "interpret" and built_for == "cuda":
+        require_interpreter(f"a package for {target}")
+    elif device != built_for:
+        raise DeviceUnavailable(f"the package was built for {target} and can't run on {device!r}")
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise DeviceUnavailable(
+            f"a package for {target} needs an NVIDIA GPU, and PyTorch finds none",
+            notes=[
+                "device='interpret' runs it on the CPU, slowly, with TRITON_INTERPRET=1 set from the start"
+            ],
+        )

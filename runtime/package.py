@@ -61,8 +61,8 @@ class Package:
     def module(self, name: str) -> ModuleType:
         """The package's Python module of that name (``model``, ``weights``), imported."""
         if self._parent not in sys.modules:
-            _import(self._parent, self.folder / "__init__.py", package=True)
-        return _import(f"{self._parent}.{name}", self.folder / f"{name}.py")
+            import_file(self._parent, self.folder / "__init__.py", package=True)
+        return import_file(f"{self._parent}.{name}", self.folder / f"{name}.py")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -87,7 +87,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _import(name: str, file: Path, package: bool = False) -> ModuleType:
+def import_file(name: str, file: Path, package: bool = False) -> ModuleType:
+    """A generated file as a module of that name; with ``package``, its neighbours can be imported too."""
     if not file.is_file():
         raise NotAPackage(f"{file} is missing from the package")
     search = [str(file.parent)] if package else None

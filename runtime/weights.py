@@ -75,6 +75,7 @@ def load_weights(
     manifest: dict[str, Any],
     program: Any,
     progress: Progress | None = None,
+    device: str = "cpu",
 ) -> Weights:
     """Every parameter of the manifest, from ``checkpoint`` through the package's load ``program``.
 
@@ -92,7 +93,7 @@ def load_weights(
             raise _disagree(name)
         if list(tensor.shape) != entry["shape"]:
             raise WeightsMisshapen(f"{name} became {list(tensor.shape)}, not {entry['shape']}")
-        weights[name] = tensor.to(DTYPES[entry["dtype"]]).contiguous()
+        weights[name] = tensor.to(device, DTYPES[entry["dtype"]]).contiguous()
         if progress is not None:
             progress(len(weights), len(parameters))
 

@@ -1,4 +1,4 @@
-"""Tiny models, built once."""
+"""Tiny models, built once, and kernels compiled once for all the tests that read them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import moec
 from moec import models
 from moec.runtime import LanguageModel, LayerModel
 from moec.runtime.checkpoint import Random
+from moec.runtime.compile import Results, compile_many
+from moec.runtime.kernel_cache import Cubin
+from tests.runtime.kernels import REQUESTS
 
 HIDDEN, EXPERTS = 8, 4
 
@@ -62,3 +65,20 @@ def layer(layer_package: Path) -> LayerModel:
     loaded = moec.load(layer_package, "random:0")
     assert isinstance(loaded, LayerModel)
     return loaded
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def first_build(cache: Path) -> Results:
+    """All of REQUESTS, compiled into an empty cache."""
+    return compile_many(list(REQUESTS.values()), cache)
+
+
+@pytest.fixture(scope="session")
+def built(first_build: Results) -> dict[str, Cubin]:
+    """The cubins by the names that REQUESTS gives them."""
+    return dict(zip(REQUESTS, first_build.check(), strict=True))

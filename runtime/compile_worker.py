@@ -1,0 +1,80 @@
+"""A process that compiles Triton kernels: one request a line in, one reply a line out, both JSON.
+
+``runtime/compile.py`` starts it by path and with an environment of its own, because Triton fixes its mode
+when it is imported and because a compiler that crashes must take nothing else with it. It imports nothing
+of moec.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import linecache
+import os
+import sys
+from typing import Any
+
+# What a launch must know, of all that Triton records about a compilation.
+RECORDED = (
+    "name",
+    "num_warps",
+    "shared",
+    "tmem_size",
+    "global_scratch_size",
+    "global_scratch_align",
+    "profile_scratch_size",
+    "profile_scratch_align",
+    "tensordesc_meta",
+)
+
+
+def jit_function(source: str, function: str, kernel: str) -> Any:
+    """The JITFunction that ``source`` defines; it needs no file, only lines that inspect can find."""
+    name = f"<{kernel}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    namespace: dict[str, Any] = {"__name__": name}
+    exec(compile(source, name, "exec"), namespace)
+    return namespace[function]
+
+
+def compile_request(request: dict[str, Any]) -> dict[str, Any]:
+    """The cubin, in base 64, and what Triton says of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = jit_function(request["source"], request["function"], request["kernel"])
+    names = list(request["signature"])
+    if names != list(function.arg_names):
+        raise TypeError(f"the signature names {names}, but the function takes {list(function.arg_names)}")
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in request["divisible"]}
+    source = ASTSource(function, request["signature"], request["constants"], attributes)
+    target = GPUTarget("cuda", request["number"], 32)
+    compiled = triton.compile(source, target=target, options=request["options"])
+    metadata = {key: getattr(compiled.metadata, key, None) for key in RECORDED}
+    return {"cubin": base64.b64encode(compiled.asm["cubin"]).decode("ascii"), "metadata": metadata}
+
+
+def explain(error: BaseException | None) -> str:
+    """An error and what caused it: Triton raises one for each function that it was in."""
+    told = []
+    while error is not None:
+        told.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__
+    return "\n".join(told)
+
+
+def main() -> None:
+    # Triton and ptxas print to standard output; replies keep it for themselves.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            reply = compile_request(json.loads(line))
+        except Exception as error:  # whatever a compiler raises is an answer
+            reply = {"error": explain(error)}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

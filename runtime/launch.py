@@ -1,0 +1,294 @@
+'''Launching compiled kernels: what a package's kernel file says, and what happens then.
+
+A package holds ``kernels/NAME.py``, such as::
+
+    """scale_rows: y[t, w] = x[t, w] * s[t]."""
+
+    import torch
+
+    from moec.runtime.launch import Kernel, Variant, tl, triton
+
+
+    @triton.jit
+    def scale_rows(x, s, y, tokens, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+        col = tl.arange(0, BLOCK)
+        for i in range(ROWS):
+            row = tl.program_id(0) * ROWS + i
+            inside = (col < WIDTH) & (row < tokens)
+            v = tl.load(x + row * stride + col, mask=inside)
+            f = tl.load(s + row, mask=row < tokens)
+            tl.store(y + row * stride + col, (v.to(tl.float32) * f).to(tl.bfloat16), mask=inside)
+
+
+    SCALE_ROWS = Kernel(
+        scale_rows,
+        signature={
+            "x": "*bf16", "s": "*fp32", "y": "*bf16", "tokens": "i32", "stride": "i32",
+            "WIDTH": "constexpr", "BLOCK": "constexpr", "ROWS": "constexpr",
+        },
+        arbitrary=("tokens",),
+        variants={
+            "rows1w4s2": Variant({"WIDTH": 1000, "BLOCK": 1024, "ROWS": 1}, 4, 2, unaligned=True),
+            "rows4w4s2": Variant({"WIDTH": 1000, "BLOCK": 1024, "ROWS": 4}, warps=4, stages=2),
+        },
+    )
+
+
+    def scale(x, s):
+        """x [tokens, 1000] bf16, s [tokens] fp32 -> [tokens, 1000] bf16."""
+        y = torch.empty_like(x)
+        tokens = x.shape[0]
+        variant, rows = ("rows4w4s2", 4) if tokens > 64 else ("rows1w4s2", 1)
+        SCALE_ROWS[variant, (triton.cdiv(tokens, rows),)](x, s, y, tokens, x.stride(0))
+        return y
+
+``signature`` has every parameter in order, in Triton's names (``*bf16``, ``*fp8e4nv``, ``i32``, ``fp32``,
+``constexpr``). ``tensordesc<bf16[1, BLOCK_N, BLOCK_K]>`` is a tensor descriptor; its box may name
+constexprs, and its argument is the tensor itself: shape, strides and base are the tensor's own.
+``arbitrary`` names integers and pointers of any value. Every other one is compiled as a multiple of 16
+(pointers: in bytes), which wide loads and asynchronous copies need, and a launch checks that it is. Where
+it isn't, the variant's twin without promises runs, if ``unaligned`` asked for one; else the launch raises
+Misaligned.
+
+The same file serves three ends. ``SCALE_ROWS.requests("sm_90a")`` is what ``runtime/compile.py`` compiles
+ahead of time. Tensors on a GPU run the cubin ``cubin/scale_rows.rows1w4s2.sm_90a.cubin`` beside
+``kernels/``: on torch's current stream, without synchronising, so a CUDA graph can record it once
+``preload`` has run. Tensors on the CPU run the function in Triton's interpreter, which TRITON_INTERPRET=1
+must have switched on before the process started. Triton compiles nothing at run time: ``triton`` and ``tl``
+above stand in for it and import it only where it's needed.
+
+A kernel file must not say ``from __future__ import annotations``: the interpreter wants ``tl.constexpr``
+itself.
+'''
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moec.errors import BadArgument, DeviceUnavailable, Misaligned, NotCompiled, nearest
+from moec.runtime import driver
+from moec.runtime.arguments import Arguments
+from moec.runtime.compile import Constant, Request
+from moec.runtime.devices import family
+from moec.runtime.triton_mode import language, require_interpreter, triton_module
+
+UNALIGNED = "unaligned"
+Grid = Sequence[int]
+
+
+def __getattr__(name: str) -> Any:
+    """``triton`` and ``tl``: Triton itself in a process that interprets, stand-ins in any other."""
+    if name == "triton":
+        return triton_module()
+    if name == "tl":
+        return language()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compile a kernel: a value for every constexpr, and Triton's options."""
+
+    constants: Mapping[str, Constant]
+    warps: int
+    stages: int
+    maxnreg: int | None = None
+    unaligned: bool = False  # also compiled without promises
+    fp_fusion: bool = True
+
+
+class Kernel:
+    """A Triton function, its signature and its variants: ``KERNEL[variant, grid](*args)`` launches it.
+
+    ``args`` are positional, without the constexprs: tensors (None: a null pointer), ints and floats.
+    ``grid`` is 1 to 3 numbers of blocks; where one is 0, nothing runs.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        signature: Mapping[str, str],
+        variants: Mapping[str, Variant],
+        arbitrary: Sequence[str] = (),
+    ) -> None:
+        python = getattr(function, "fn", function)  # Triton keeps the function that it wraps
+        self.function, self.name = function, python.__name__
+        self.file = Path(inspect.getfile(python))
+        self.signature, self.variants = dict(signature), dict(variants)
+        if unknown := set(arbitrary) - set(signature):
+            raise BadArgument(f"{self.name} has no parameter {', '.join(sorted(unknown))}")
+        self.divisible = tuple(
+            name
+            for name, kind in signature.items()
+            if kind.startswith(("*", "i", "u")) and kind not in ("i1", "u1") and name not in arbitrary
+        )
+        self._arguments: dict[str, Arguments] = {}
+        self._loaded: dict[tuple[str, int], _Compiled] = {}
+
+    def requests(self, arch: str) -> list[Request]:
+        """What to compile for a family of devices: every variant, and the twins without promises."""
+        source = self.file.read_text(encoding="utf-8")
+        made = []
+        for name, variant in self.variants.items():
+            promises = [("", self.divisible), *([(f"-{UNALIGNED}", ())] if variant.unaligned else [])]
+            made += [self._request(name + suffix, variant, arch, source, d) for suffix, d in promises]
+        return made
+
+    def _request(
+        self, name: str, variant: Variant, arch: str, source: str, divisible: tuple[str, ...]
+    ) -> Request:
+        return Request(
+            kernel=self.name,
+            variant=name,
+            source=source,
+            function=self.name,
+            signature=self.signature,
+            constants=dict(variant.constants),
+            divisible=divisible,
+            warps=variant.warps,
+            stages=variant.stages,
+            arch=arch,
+            maxnreg=variant.maxnreg,
+            fp_fusion=variant.fp_fusion,
+        )
+
+    def __getitem__(self, key: tuple[str, Grid]) -> Callable[..., None]:
+        """A function of the arguments.
+
+        It raises NotCompiled, BadArgument, Misaligned, InterpreterOff, DeviceUnavailable or LaunchFailed.
+        """
+        return partial(self._launch, *key)
+
+    def _launch(self, variant: str, grid: Grid, *args: Any) -> None:
+        arguments = self._checker(variant)
+        broken = arguments.check(args)
+        if broken and not self.variants[variant].unaligned:
+            raise Misaligned(
+                f"{self.name} {variant}: {broken}, but was promised to be one when it was compiled",
+                notes=["a variant with unaligned=True takes any"],
+            )
+        blocks = _three(self.name, grid)
+        if 0 in blocks:
+            return
+        device = _device(self.name, arguments, args)
+        if device.type == "cpu":
+            self._interpret(variant, blocks, arguments, args)
+            return
+        compiled = self.load(f"{variant}-{UNALIGNED}" if broken else variant, device.index)
+        parameters = arguments.pack(args, compiled.descriptors, compiled.flags)
+        scratch = [
+            torch.empty(size * math.prod(blocks), dtype=torch.uint8, device=device) if size else None
+            for size in compiled.scratch
+        ]
+        parameters += [np.uint64(0 if s is None else s.data_ptr()) for s in scratch]
+        driver.launch(compiled.loaded, blocks, parameters)
+
+    def _checker(self, variant: str) -> Arguments:
+        if variant not in self._arguments:
+            if variant not in self.variants:
+                raise NotCompiled(f"{self.name} has no variant {variant!r}{nearest(variant, self.variants)}")
+            request = self._request(variant, self.variants[variant], "", "", self.divisible)
+            kinds = [(n, k) for n, k in request.resolved().items() if k != "constexpr"]
+            self._arguments[variant] = Arguments(self.name, kinds, self.divisible)
+        return self._arguments[variant]
+
+    def _interpret(
+        self, variant: str, blocks: tuple[int, int, int], arguments: Arguments, args: Sequence[Any]
+    ) -> None:
+        require_interpreter(self.name)
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        values = {
+            name: value if box is None else TensorDescriptor.from_tensor(value, list(box[1]))
+            for name, box, value in zip(arguments.names, arguments.boxes, args, strict=True)
+        }
+        self.function[blocks](**values, **self.variants[variant].constants)  # type: ignore[index]
+
+    def load(self, variant: str, device: int) -> _Compiled:
+        """The cubin of a variant (or of its twin, VARIANT-unaligned) on a device; kept.
+
+        Raises NotCompiled where the package holds none, DeviceUnavailable where it holds only other devices'.
+        """
+        if (variant, device) not in self._loaded:
+            self._loaded[variant, device] = _load(self, variant, device)
+        return self._loaded[variant, device]
+
+    def preload(self, device: int) -> None:
+        """Loads every variant. Raises as ``load`` does."""
+        for name, variant in self.variants.items():
+            self.load(name, device)
+            if variant.unaligned:
+                self.load(f"{name}-{UNALIGNED}", device)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A loaded cubin and what its launches add to the arguments."""
+
+    loaded: driver.Loaded
+    descriptors: tuple[dict[str, Any], ...]
+    flags: int
+    scratch: tuple[int, ...]  # bytes per block, for each hidden pointer
+
+
+def preload(package: str, device: int) -> None:
+    """Loads every kernel of the imported modules below the package of that name, so that no launch has to.
+
+    Raises NotCompiled, DeviceUnavailable, LaunchFailed.
+    """
+    modules = [m for name, m in sys.modules.items() if name.startswith(f"{package}.")]
+    for kernel in {id(v): v for m in modules for v in vars(m).values() if isinstance(v, Kernel)}.values():
+        kernel.preload(device)
+
+
+def _load(kernel: Kernel, variant: str, device: int) -> _Compiled:
+    folder = kernel.file.parents[1] / "cubin"
+    label = f"{kernel.name} {variant}"
+    built = {f.name.split(".")[-2]: f for f in folder.glob(f"{kernel.name}.{variant}.*.json")}
+    if not built:
+        raise NotCompiled(f"{folder} holds no cubin of {label}: build the package again")
+    capability = driver.capability(device)
+    for arch, file in built.items():
+        if family(arch).runs_on(capability):
+            about = json.loads(file.read_text(encoding="utf-8"))
+            cubin = file.with_suffix(".cubin").read_bytes()
+            loaded = driver.load(label, cubin, about["symbol"], about["warps"], about["shared"], device)
+            scratch = tuple(hidden["size"] for hidden in about["hidden"].values())
+            return _Compiled(loaded, tuple(about["descriptors"]), about["flags"], scratch)
+    raise DeviceUnavailable(
+        f"{label} is compiled for {', '.join(sorted(built))}; this device has compute capability "
+        f"{capability[0]}.{capability[1]}"
+    )
+
+
+def _three(name: str, grid: Grid) -> tuple[int, int, int]:
+    """A grid filled up with ones."""
+    if not 1 <= len(grid) <= 3 or any(n < 0 for n in grid):
+        raise BadArgument(f"{name}: a grid is 1 to 3 numbers of blocks, not {tuple(grid)}")
+    x, y, z = (*grid, 1, 1)[:3]
+    return x, y, z
+
+
+def _device(name: str, arguments: Arguments, args: Sequence[Any]) -> torch.device:
+    """The device of all tensors."""
+    tensors = [
+        (n, a.device) for n, a in zip(arguments.names, args, strict=True) if isinstance(a, torch.Tensor)
+    ]
+    if not tensors:
+        raise BadArgument(f"{name}: no argument is a tensor, so there is no device to run on")
+    first, device = tensors[0]
+    for other, found in tensors:
+        if found != device:
+            raise BadArgument(f"{name}: {first} is on {device}, but {other} is on {found}")
+    return device

@@ -1,0 +1,87 @@
+"""Whether Triton interprets in this process, and what stands in for it where it's needed for its names only.
+
+Triton fixes its mode when it is first imported: functions of its own library become compiled or interpreted
+ones.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from moec.errors import InterpreterOff
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs kernels here, or would if Triton were imported now."""
+    library = sys.modules.get("triton.language.standard")
+    if library is not None:
+        return type(library.cdiv).__name__ == "InterpretedFunction"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def require_interpreter(what: str) -> None:
+    """Raises InterpreterOff unless ``what`` can run in the interpreter."""
+    if not interpreting():
+        raise InterpreterOff(
+            f"{what} is to run on the CPU, in Triton's interpreter, which is off",
+            notes=[
+                "set TRITON_INTERPRET=1 before the process starts: Triton fixes its mode when it is imported"
+            ],
+        )
+
+
+def triton_module() -> Any:
+    """The module ``triton``, or what stands in for it."""
+    if interpreting():
+        import triton
+
+        return triton
+    return _Triton()
+
+
+def language() -> Any:
+    """The module ``triton.language``, or what stands in for it."""
+    if interpreting():
+        import triton.language
+
+        return triton.language
+    return _Language()
+
+
+class _Triton:
+    """What a kernel file uses of ``triton`` outside its kernels."""
+
+    @staticmethod
+    def jit(function: Any = None, **options: Any) -> Any:
+        """Leaves the function as it is: a worker compiles it from its source, ahead of time."""
+        return function if function is not None else lambda f: f
+
+    @staticmethod
+    def cdiv(a: int, b: int) -> int:
+        return -(-a // b)
+
+    @staticmethod
+    def next_power_of_2(n: int) -> int:
+        return 1 << max(n - 1, 0).bit_length()
+
+    def __getattr__(self, name: str) -> Any:
+        import triton
+
+        return getattr(triton, name)
+
+
+class _Language:
+    """What a kernel file uses of ``triton.language`` outside its kernels."""
+
+    class constexpr:
+        """Marks a parameter, or a constant of the module."""
+
+        def __init__(self, value: Any) -> None:
+            self.value = value
+
+    def __getattr__(self, name: str) -> Any:
+        import triton.language
+
+        return getattr(triton.language, name)
