@@ -6,11 +6,13 @@ successor in the IR is the same name in Python and functions don't return it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
 from moec.codegen.kernels import KERNELS, Inline, Templated, select
+from moec.codegen.kernels.triton import TritonKernel, kernel_file
 from moec.codegen.render import Names, identifier, prose, quote, quote_format, render_python
 from moec.errors import IRError
 from moec.ir.graph import ENTRIES, Function, Module
@@ -42,12 +44,15 @@ class Kernels:
     def __init__(self, target: str, functions: set[str]) -> None:
         self.target = target
         self.files: dict[str, list[str]] = {}
+        self.triton: dict[str, TritonKernel] = {}  # the files that hold Triton
         self.imports: dict[str, list[str]] = {}  # by file: the kernel functions of other files that it calls
         self._names = Names(functions)
         self._by_constants: dict[str, str] = {}
 
-    def function(self, op: Op, record: Templated) -> str:
+    def function(self, op: Op, record: Templated | TritonKernel) -> str:
         """The name of the kernel function for ``op``."""
+        if isinstance(record, TritonKernel):
+            return self._triton(op, record)
         constants = record.constants(op)
         if record.calls:
             called = next(k for k in KERNELS if k.op == record.calls and isinstance(k, Templated))
@@ -61,8 +66,37 @@ class Kernels:
             name = self._names.add(key, record.op)
             self._by_constants[key] = name
             source = render_python(record.template, name=name, **constants)
-            self.files.setdefault(identifier(record.op), []).append(source)
+            self.files.setdefault(self._stem(record.op, self.triton), []).append(source)
         return self._by_constants[key]
+
+    def _triton(self, op: Op, record: TritonKernel) -> str:
+        key = record.key(op, self.target)
+        if key not in self._by_constants:
+            name = self._names.add(key, op.name)
+            self._by_constants[key] = name
+            stem = self._stem(op.name, set(self.files) - set(self.triton))
+            self.triton[stem] = record
+            self.files.setdefault(stem, []).append(record.render(op, name, self.target))
+        return self._by_constants[key]
+
+    @staticmethod
+    def _stem(op: str, others: Iterable[str]) -> str:
+        """The file of an op's kernels; Triton and PyTorch don't share one."""
+        stem = identifier(op)
+        return f"{stem}_2" if stem in others else stem
+
+    def sources(self) -> dict[str, str]:
+        """The kernel files, by path."""
+        files = {}
+        for stem, parts in self.files.items():
+            if stem in self.triton:
+                source = kernel_file(self.triton[stem], parts, self.target)
+            else:
+                source = render_python(
+                    "python/kernel_file.py.jinja", op=stem, parts=parts, imports=self.imports.get(stem, [])
+                )
+            files[f"kernels/{stem}.py"] = source
+        return files
 
     @property
     def names(self) -> list[str]:
@@ -131,13 +165,11 @@ class FunctionEmitter:
         record = select(op, self.kernels.target)
         if isinstance(record, Inline):
             return record.expression(op, operands), None
-        while operands and operands[-1] is None:
-            operands.pop()
         name = self.kernels.function(op, record)
         self.used.add(name)
         if record.in_place is not None:
             self.names.alias(op.results[0], op.operands[record.in_place])
-        return name, [str(o) for o in operands]
+        return name, [str(o) for o in operands if o is not None]
 
     def _assign(self, op: Op, expression: str, args: list[str] | None) -> None:
         fresh = [r for r in op.results if r not in self.names]
@@ -246,11 +278,7 @@ def emit_python(module: Module, target: str, version: str) -> dict[str, str]:
             },
         ),
     }
-    for stem, parts in model_kernels.files.items():
-        sources[f"kernels/{stem}.py"] = render_python(
-            "python/kernel_file.py.jinja", op=stem, parts=parts, imports=model_kernels.imports.get(stem, [])
-        )
-    return sources
+    return sources | model_kernels.sources()
 
 
 def _defines(parts: list[str], name: str) -> bool:
@@ -271,9 +299,8 @@ def _module_source(
     inner_first = [f for f in order if f.name not in ENTRIES][::-1] + [f for f in order if f.name in ENTRIES]
     for function in inner_first:  # all kernels get their names before any value does
         for op in function.ops:
-            if not isinstance(op, Loop | Bind) and isinstance(
-                record := select(op, kernels.target), Templated
-            ):
+            record = None if isinstance(op, Loop | Bind) else select(op, kernels.target)
+            if isinstance(record, Templated | TritonKernel):
                 kernels.function(op, record)
     emitters = [FunctionEmitter(f, module, kernels, names) for f in inner_first]
     emitted = [e.emit() for e in emitters]

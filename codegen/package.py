@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,23 @@ def _swap(aside: Path, out: Path) -> None:
 
 
 def write_package(
-    folder: Path, module: Module, target: Target, version: str, about: dict[str, Any]
+    folder: Path,
+    module: Module,
+    target: Target,
+    version: str,
+    about: dict[str, Any],
+    compile: Callable[[Path], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Emits ``module`` into ``folder``, which already holds ir/ and events.jsonl, and returns the manifest.
 
-    ``about`` is what the IR doesn't know: the model's name, vocabulary, options, ignored tensors.
+    ``about`` is what the IR doesn't know: the model's name, vocabulary, options, ignored tensors. ``compile``
+    builds the kernels of the folder that it is given into it and says what the manifest should of each.
     """
     for path, source in emit_python(module, target.name, version).items():
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(source, encoding="utf-8")
+    kernels = compile(folder) if compile is not None else []
     manifest = {
         "format": FORMAT,
         "moec": version,
@@ -101,6 +108,7 @@ def write_package(
         **about,
         "entries": entries(module),
         "caches": caches(module),
+        "kernels": kernels,
         **manifest_tensors(module),
         "files": {f.relative_to(folder).as_posix(): _digest(f) for f in _hashed(folder)},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.codegen.devices import DEVICES
 from moec.errors import UnknownTarget, nearest
 
 
@@ -16,7 +17,13 @@ class Target:
     describes: str
 
 
-TARGETS = {t.name: t for t in [Target("cpu", "cpu", "PyTorch on the CPU, experts as contiguous segments")]}
+TARGETS = {
+    t.name: t
+    for t in [
+        Target("cpu", "cpu", "PyTorch on the CPU, experts as contiguous segments"),
+        *(Target(d.name, "cuda", f"Triton, scheduled for the {d.stands_for}") for d in DEVICES.values()),
+    ]
+}
 
 
 def target(name: str) -> Target:

@@ -1,7 +1,8 @@
 """Kernel records: how each op is emitted.
 
 A record is one object in one file of this folder. ``Inline`` writes an expression into ``model.py``;
-``Templated`` renders a function of its own into ``kernels/``, its op's attributes folded in as constants.
+``Templated`` renders a function of its own into ``kernels/``, its op's attributes folded in. Both are PyTorch
+and serve every target. ``TritonKernel`` (triton.py) is a kernel for GPUs; it goes before them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from moec.codegen.kernels.triton import TritonKernel
 from moec.errors import InternalError
 from moec.ir.op import Op
 from moec.ir.types import TensorType, f32
@@ -23,7 +25,7 @@ class Inline:
 
     op: str
     expression: Callable[[Op, list[Any]], str]
-    targets: tuple[str, ...] = ("cpu",)
+    targets: tuple[str, ...] = ()
 
     def supports(self, op: Op) -> list[str]:
         """Reasons against; none means yes."""
@@ -41,7 +43,7 @@ class Templated:
     op: str
     template: str
     constants: Callable[[Op], dict[str, Any]] = field(default=lambda op: {})
-    targets: tuple[str, ...] = ("cpu",)
+    targets: tuple[str, ...] = ()
     in_place: int | None = None
     reasons: Callable[[Op], list[str]] = field(default=lambda op: [])
     calls: str = ""
@@ -58,7 +60,7 @@ def not_fp32(op: Op) -> list[str]:
     return [f"it is {', '.join(map(str, floats))}, not fp32"] if floats != {f32} else []
 
 
-Kernel = Inline | Templated
+Kernel = Inline | Templated | TritonKernel
 KERNELS: list[Kernel] = []
 
 
@@ -67,12 +69,14 @@ def register(*kernels: Kernel) -> None:
 
 
 def select(op: Op, target: str) -> Kernel:
-    """The first record that emits ``op`` for ``target``, a kernel of its own before an expression.
+    """The first record that emits ``op`` for ``target``: Triton's, then a function, then an expression.
 
     Raises InternalError where there is none.
     """
-    for kernel in sorted(KERNELS, key=lambda k: isinstance(k, Inline)):
-        if kernel.op == op.name and target in kernel.targets and not kernel.supports(op):
+    order = (TritonKernel, Templated, Inline)
+    for kernel in sorted(KERNELS, key=lambda k: order.index(type(k))):
+        serves = not kernel.targets or target in kernel.targets
+        if kernel.op == op.name and serves and not kernel.supports(op):
             return kernel
     raise InternalError(f"{op.name}: nothing emits it for {target}")
 

@@ -8,7 +8,7 @@ from moec.codegen.kernels import Templated, not_fp32, register
 from moec.ir.op import Op
 from moec.ir.ops.rope import rope_frequencies
 
-GROUPED = "python/kernels/grouped_linear.py.jinja"
+LATENT = "python/kernels/latent_attention.py.jinja"
 
 
 def _kernel(op: str, constants: Any = None, **kwargs: Any) -> Templated:
@@ -48,10 +48,21 @@ def _attention(op: Op) -> dict[str, Any]:
     }
 
 
+def _gather_grouped_linear(op: Op) -> dict[str, Any]:
+    width = op.results[0].type.shape[1]  # type: ignore[union-attr]
+    return dict(op.attrs) | {"width": width, "wide": op.results[0].type.dtype.bits >= 32}  # type: ignore[union-attr]
+
+
+def _latent_attention(op: Op) -> dict[str, Any]:
+    (_, heads, width), (_, rank) = _shape(op, 0), _shape(op, 2)
+    return dict(op.attrs) | {"heads": heads, "width": width, "rope": width - op.attrs["nope"], "rank": rank}
+
+
 def _combine(op: Op) -> dict[str, Any]:
     rows, y = op.operands[0].type, op.results[0].type  # type: ignore[union-attr]
     return {
         "top_k": _shape(op, 2)[1],
+        "slot": op.operands[1] is not None,
         "rows_dtype": rows.dtype,  # type: ignore[union-attr]
         "to": y.dtype,  # type: ignore[union-attr]
         "plus": op.operands[3] is not None,
@@ -72,10 +83,18 @@ def _not_rows_of_fp32(op: Op) -> list[str]:
     return not_fp32(op) + (["x is a single row"] if len(_shape(op, 0)) < 2 else [])
 
 
+def _product(op: str, constants: Any) -> tuple[Templated, Templated]:
+    """A product by experts: in fp32 through the kernel of ``linear``, in 16 bits through PyTorch's own."""
+    return (
+        _kernel(op, constants, reasons=not_fp32, calls="linear"),
+        _kernel(op, lambda op: constants(op) | {"linear": ""}),
+    )
+
+
 register(
     Templated("linear", "python/kernels/linear.py.jinja", reasons=_not_rows_of_fp32),
-    Templated("grouped_linear", GROUPED, reasons=not_fp32, calls="linear"),
-    Templated("grouped_linear", GROUPED, lambda op: {"linear": ""}),
+    *_product("grouped_linear", lambda op: {"placed": op.operands[3] is not None}),
+    *_product("gather_grouped_linear", _gather_grouped_linear),
     _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"]}, reasons=_fp32),
     _kernel("swiglu", _swiglu),
     _kernel("rope_table", _rope_table),
@@ -84,11 +103,14 @@ register(
         lambda op: dict(op.attrs) | {"rank": op.operands[0].type.rank, "dtype": op.operands[0].type.dtype},
     ),
     _kernel("route", _route),
+    _kernel("local_experts"),
     _kernel("sort_by_expert"),
     _kernel("scatter_add"),
     _kernel("combine", _combine),
     _kernel("cache_write", _cache, in_place=0),
     _kernel("cache_read", _cache),
     _kernel("attention", _attention),
+    Templated("latent_attention", LATENT, _latent_attention, reasons=not_fp32, calls="linear"),
+    Templated("latent_attention", LATENT, lambda op: _latent_attention(op) | {"linear": "F.linear"}),
     _kernel("dequant"),
 )

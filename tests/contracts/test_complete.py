@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moec import errors
+from moec.codegen import TARGETS
 from moec.ir import parse_module, print_module, verify
 from moec.models import lower, preset
 from moec.models.families import FAMILIES, Family
@@ -24,7 +25,8 @@ def test_a_pass_is_documented_and_has_goldens(name: str) -> None:
     goldens = {p.name for p in (ROOT / "tests" / "passes" / "golden").glob("*.moec")}
     used = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests" / "passes").glob("test_*.py"))
     assert goldens and f'"{name}"' in used, f"no test in tests/passes runs {name}"
-    assert name in {p.name for level in (1, 2, 3) for p in pipeline(level)}, f"no pipeline has {name}"
+    pipelines = [pipeline(level, target) for level in (1, 2, 3) for target in TARGETS]
+    assert name in {p.name for passes in pipelines for p in passes}, f"no pipeline has {name}"
     assert f"`{name}`" in (ROOT / "README.md").read_text(encoding="utf-8"), f"README.md doesn't list {name}"
 
 

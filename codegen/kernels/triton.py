@@ -1,0 +1,80 @@
+"""Kernel records of the GPU targets: ops whose kernels are Triton, generated and compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from moec.codegen.devices import DEVICES, Device
+from moec.codegen.render import identifier, render_python
+from moec.ir.op import Op, Value
+from moec.ir.types import DType, TensorType
+
+TRITON_TYPES = {"bf16": "bf16", "f16": "fp16", "f32": "fp32", "i32": "i32", "i64": "i64"}
+FLOATS = ("bf16", "f16", "f32")
+FRAME = "triton/kernel_file.py.jinja"
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """``template`` renders a part of a kernel file: Triton functions, their ``Kernel`` declarations, and one
+    Python function, called with those of the op's operands that are there.
+
+    ``constants(op, device)`` fills the template; ``reasons(op)`` says what is against it; ``helpers`` are
+    templates of Triton functions that all parts of one file share.
+    """
+
+    op: str
+    template: str
+    constants: Callable[[Op, Device], dict[str, Any]]
+    reasons: Callable[[Op], list[str]]
+    helpers: tuple[str, ...] = ()
+    targets: tuple[str, ...] = tuple(DEVICES)
+    in_place: int | None = None
+
+    def supports(self, op: Op) -> list[str]:
+        """Reasons against; none means yes."""
+        return self.reasons(op)
+
+    def key(self, op: Op, target: str) -> str:
+        """Equal for ops that can share one kernel function."""
+        constants = self.constants(op, DEVICES[target])
+        return f"{self.template} {sorted(constants.items(), key=lambda c: c[0])}"
+
+    def render(self, op: Op, name: str, target: str) -> str:
+        """The part that defines the Python function ``name``."""
+        return render_python(self.template, name=name, **self.constants(op, DEVICES[target]))
+
+
+def kernel_file(kernel: TritonKernel, parts: list[str], target: str) -> str:
+    """A kernel file of the package: the parts of all kernels of one op, each made by ``render``."""
+    helpers = [render_python(helper) for helper in kernel.helpers]
+    return render_python(FRAME, op=identifier(kernel.op), parts=parts, helpers=helpers, target=target)
+
+
+def pointer(dtype: DType) -> str:
+    """Triton's name of a pointer to ``dtype``."""
+    return f"*{TRITON_TYPES[dtype.name]}"
+
+
+def signature_lines(signature: dict[str, str]) -> list[str]:
+    """The entries of a signature as lines of a dict."""
+    return [f'"{name}": "{kind}",' for name, kind in signature.items()]
+
+
+def tensor(value: Value | None) -> TensorType:
+    """The type of an operand that is a tensor and there."""
+    if value is None or not isinstance(value.type, TensorType):
+        raise TypeError(f"{value} is no tensor")
+    return value.type
+
+
+def not_static(**dims: Any) -> list[str]:
+    """A reason for each dimension that is only known at run time."""
+    return [f"{name} is {dim}, not a number" for name, dim in dims.items() if not isinstance(dim, int)]
+
+
+def not_float(*types: TensorType) -> list[str]:
+    """A reason for each dtype that the kernels don't compute with."""
+    return [f"{t.dtype} is none of {', '.join(FLOATS)}" for t in types if t.dtype.name not in FLOATS]

@@ -1,0 +1,152 @@
+"""Tilings of the grouped products, and which of them a device can take.
+
+A product's tile is ``block_m`` rows of one expert by ``block_n`` of its output columns, in steps of
+``block_k``. ``rows`` puts the rows on the matrix unit's M side, ``swapped`` the weights': Hopper's unit wants
+64 there or falls back to the slow path, and few experts have 64 rows while decoding.
+
+The bounds below keep the space to schedules that compile without register spills. They were found by
+compiling ahead of time (Triton 3.6.0) and reading the SASS; tests/codegen repeats that for sm_90a.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from moec.codegen.devices import Device
+
+Form = Literal["rows", "swapped"]
+# fp32 sums a thread may hold: with more, addresses and operands no longer fit into 255 registers.
+MOST_SUMS = 128
+# A block's shared memory holds the pipeline's buffers and, beside them, barriers and small exchanges.
+SMEM_EXTRA = 1024
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``warps`` a program, ``stages`` of the software pipeline. ``str()`` names the variant of the kernel."""
+
+    form: Form
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.form}{self.tile}"
+
+    @property
+    def tile(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}w{self.warps}s{self.stages}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A grouped product: R rows times w[e]ᵀ, [columns, depth] an expert; two such where SwiGLU follows.
+
+    ``dtype`` is the IR's short name, ``itemsize`` its bytes. ``gathered``: rows are read by index.
+    """
+
+    experts: int
+    columns: int
+    depth: int
+    dtype: str
+    itemsize: int
+    matrices: int = 1
+    gathered: bool = False
+
+    @property
+    def whole_rows(self) -> bool:
+        """Rows start at multiples of 16 bytes: what descriptors and 16-byte copies need."""
+        return self.depth * self.itemsize % 16 == 0
+
+    def descriptors(self, device: Device) -> bool:
+        """Whether the weights are read by tensor descriptor."""
+        return device.tma and self.whole_rows
+
+    def shared_memory(self, s: Schedule) -> int:
+        """Bytes a block takes at most: ``stages`` of both operands' tiles."""
+        return s.stages * self.stage_bytes(s) + SMEM_EXTRA
+
+    def stage_bytes(self, s: Schedule) -> int:
+        return (s.block_m + self.matrices * s.block_n) * s.block_k * self.itemsize
+
+    def sums(self, s: Schedule) -> int:
+        """fp32 sums a thread holds."""
+        return self.matrices * s.block_m * s.block_n // (32 * s.warps)
+
+    def registers(self, s: Schedule) -> int:
+        """A thread's registers, about, as compilation showed: the sums, a quarter more, and 32."""
+        return 255 if self.itemsize == 4 else min(255, 32 + self.sums(s) * 5 // 4)
+
+
+def space(problem: Problem, device: Device) -> list[Schedule]:
+    """Every schedule that selection may pick: no spills, within shared memory."""
+    if problem.itemsize == 4:
+        candidates = _fused_multiply_add()
+    elif device.warpgroup_mma:
+        candidates = _warpgroup()
+    else:
+        candidates = _warp_mma()
+    return [s for s in candidates if not reasons_against(s, problem, device)]
+
+
+def reasons_against(s: Schedule, problem: Problem, device: Device) -> list[str]:
+    """Why ``s`` is not for ``problem`` on ``device``; none means that it is."""
+    reasons = []
+    if (smem := problem.shared_memory(s)) > device.smem_per_block:
+        reasons.append(f"{smem} bytes of shared memory, {device.name} has {device.smem_per_block} a block")
+    if (sums := problem.sums(s)) > (most := _most_sums(s, problem, device)):
+        reasons.append(f"{sums} sums a thread, more than {most} spill registers")
+    if not problem.whole_rows and max(s.block_m, s.block_n) > 64:
+        reasons.append(
+            "rows that don't start at 16 bytes are copied in pieces: tiles above 64 spill registers"
+        )
+    if device.warpgroup_mma and problem.itemsize < 4:
+        if (s.block_m if s.form == "rows" else s.block_n) < 64:
+            reasons.append("fewer than 64 rows on the matrix unit's M side: the slow path")
+    elif s.form == "swapped":
+        reasons.append("swapping gains nothing here: 16 rows are enough for the M side")
+    return reasons
+
+
+def _most_sums(s: Schedule, problem: Problem, device: Device) -> int:
+    if problem.itemsize == 4:
+        return 32  # products by multiply-add keep many operands in registers
+    if not device.warpgroup_mma:
+        return MOST_SUMS // 2  # mma.sync holds its operands in registers too
+    if problem.gathered and s.form == "rows" and s.block_m > 16 * s.warps:
+        return MOST_SUMS // 2  # each thread addresses twice the rows
+    return MOST_SUMS
+
+
+def _warpgroup() -> list[Schedule]:
+    """wgmma and tcgen05: 64 rows of M a warpgroup; 64 values of 16 bits are one swizzle atom of 128 bytes."""
+    rows = [
+        Schedule("rows", m, n, 64, warps, stages)
+        for m, n, warps, stages in product((64, 128), (64, 128, 256), (4, 8), (3, 4))
+        if m * n >= 64 * 64 * warps // 4
+    ]
+    swapped = [
+        Schedule("swapped", m, n, 64, 4, stages) for m, n, stages in product((16, 32), (64, 128), (3, 4, 6))
+    ]
+    return rows + swapped
+
+
+def _warp_mma() -> list[Schedule]:
+    """mma.sync: 16 rows are enough for the M side; there is less shared memory, so steps of 32 as well."""
+    return [
+        Schedule("rows", m, n, k, warps, stages)
+        for m, n, k, warps, stages in product((16, 32, 64, 128), (64, 128), (32, 64), (4, 8), (3, 4))
+        if warps == 4 or m * n >= 64 * 64
+    ]
+
+
+def _fused_multiply_add() -> list[Schedule]:
+    """fp32 in full precision has no matrix unit: right rather than fast, so a small space."""
+    return [
+        Schedule("rows", m, n, k, warps, 3)
+        for m, n, k, warps in [(16, 32, 32, 4), (16, 64, 32, 4), (32, 64, 32, 4), (64, 64, 16, 4)]
+    ]

@@ -1,0 +1,165 @@
+"""Which schedule runs a grouped product: an analytic model of seconds, in named terms; no table of shapes.
+
+The model knows the device's facts (devices.py), the shape, and how many rows an expert has on average, R / E.
+It takes the router to send each row to an expert at random, so that an expert's rows are Poisson distributed:
+that gives the experts with rows (whose weights move at all) and the tiles. Skew is not modelled: the true
+counts never leave the device. No figure that the model gives has been measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moec.codegen.devices import Device
+from moec.codegen.schedules import Problem, Schedule, space
+
+# Model constants: assumptions, none of them fitted to a shape.
+LATENCY = 1e-6  # s, from asking DRAM under load to having the bytes
+PROLOGUE = 2e-6  # s, a program's search for its tile, its first loads and its last stores
+SM_BANDWIDTH = 100e9  # bytes/s that one SM can take in: about 64 a cycle
+TRITON = 0.75  # of the matrix unit's throughput, what a pipelined loop sustains
+SHOWS = 0.1  # of the work that runs beside the slowest part, what shows nevertheless
+# Rows an expert, from one expert in 64 having one to far into prefill: where schedules are compared.
+ROWS = [2.0**i for i in range(-6, 1)] + [float(r << s) for s in range(13) for r in (2, 3)]
+# What one more variant must bring: as much as this share at one of ROWS, or a tenth of it at each of ten.
+SWITCH = 0.15
+# From here on a mean of that many rows is what every expert has, as far as tiles go.
+MANY = 512
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A schedule and what the model takes it to cost: seconds by term; ``seconds`` is their sum."""
+
+    schedule: Schedule
+    terms: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.terms.values())
+
+
+def row_tiles(rows: float, block: int) -> float:
+    """Row tiles an expert has on average, E[⌈X / block⌉] for X ~ Poisson(rows): Σ_j P(X > j · block)."""
+    if rows >= MANY:
+        return rows / block + 0.5
+    last = rows + 10 * math.sqrt(rows) + 10
+    probability, below, tiles, x = math.exp(-rows), 0.0, 0.0, 0
+    while x <= last:
+        below += probability  # P(X <= x)
+        if x % block == 0:
+            tiles += max(0.0, 1.0 - below)
+        x += 1
+        probability *= rows / x
+    return tiles
+
+
+def terms(schedule: Schedule, problem: Problem, device: Device, rows: float) -> dict[str, float]:
+    """Seconds by term for ``rows`` rows an expert on average.
+
+    ``weights`` and ``activations``: their bytes through DRAM.
+    ``in flight``, ``l2``, ``matrix unit``: what too few bytes on their way, the traffic between L2 and SMs,
+    and the products (padding included) add to that. They run side by side: the slowest counts, and a little
+    of the others.
+    ``last wave``: SMs that idle in it. ``prologue``: starting and ending programs, as far as no other program
+    of the SM covers it. ``launch``.
+    """
+    size, matrices, depth = problem.itemsize, problem.matrices, problem.depth
+    active = problem.experts * -math.expm1(-rows)  # experts with rows
+    m_tiles = problem.experts * row_tiles(rows, schedule.block_m)
+    tiles = max(1.0, m_tiles * math.ceil(problem.columns / schedule.block_n))
+    programs = programs_per_sm(schedule, problem, device)
+    busy = min(tiles, device.sms * programs)  # programs at once
+    sms = min(tiles, device.sms)
+
+    weights = active * matrices * problem.columns * depth * size / device.bandwidth
+    activations = rows * problem.experts * (depth + problem.columns) * size / device.bandwidth
+    dram = weights + activations
+    asked = busy * (schedule.stages - 1) * problem.stage_bytes(schedule)  # bytes on their way
+    flight = dram * max(1.0, device.bandwidth / min(asked / LATENCY, sms * SM_BANDWIDTH))
+    moved = tiles * (schedule.block_m + matrices * schedule.block_n) * depth * size
+    l2 = moved / min(device.l2_bandwidth, sms * SM_BANDWIDTH)
+    operations = 2 * tiles * schedule.block_m * matrices * schedule.block_n * depth
+    rate = device.matmul_flops[problem.dtype] * TRITON * issue_rate(schedule, problem, device)
+    products = operations / (rate * sms / device.sms)
+
+    beside = {"in flight": flight, "l2": l2, "matrix unit": products}
+    slowest = max(beside, key=lambda term: beside[term])
+    added = {t: s - dram if t == slowest else SHOWS * s for t, s in beside.items() if t != "in flight"}
+    added["in flight"] = flight - dram if slowest == "in flight" else 0.0
+    body = dram + sum(added.values())
+    waves = math.ceil(tiles / (device.sms * programs))
+    idle = waves * device.sms * programs / tiles - 1 if waves > 1 else 0.0
+    return {
+        "weights": weights,
+        "activations": activations,
+        **{term: added[term] for term in beside},
+        # Half of it: programs of one wave don't end together, so the last one has begun when the others end.
+        "last wave": 0.5 * body * idle,
+        "prologue": PROLOGUE * (1 + (waves - 1) / programs),
+        "launch": device.launch_s,
+    }
+
+
+def programs_per_sm(schedule: Schedule, problem: Problem, device: Device) -> int:
+    """Programs that an SM holds at once. 1 KiB of shared memory is the system's in each."""
+    threads = 32 * schedule.warps
+    return max(
+        1,
+        min(
+            device.smem_per_sm // (problem.shared_memory(schedule) + 1024),
+            device.registers_per_sm // (problem.registers(schedule) * threads),
+            device.threads_per_sm // threads,
+        ),
+    )
+
+
+def issue_rate(schedule: Schedule, problem: Problem, device: Device) -> float:
+    """The share of the matrix unit's rate that the tile's shape lets through.
+
+    A warpgroup's instruction takes 64 rows of M by N by 16 and reads both operands from shared memory, 128
+    bytes a cycle, while it could multiply 2048 pairs a cycle: N of 64 balances the two.
+    mma.sync takes its operands from registers; the smaller the tile, the more often they are loaded.
+    """
+    if problem.itemsize == 4:
+        return 1.0
+    m, n = schedule.block_m, schedule.block_n
+    if device.warpgroup_mma:
+        beside = m if schedule.form == "swapped" else n
+        return min(1.0, 2 * beside / (64 + beside))
+    return min(1.0, 2 * m * n / (m + n) / 64)
+
+
+def explain(problem: Problem, device: Device, rows: float) -> list[Choice]:
+    """All schedules of the space, the fastest first; of equal ones the deepest pipeline."""
+    choices = [Choice(s, terms(s, problem, device, rows)) for s in space(problem, device)]
+    return sorted(choices, key=lambda c: (c.seconds, -c.schedule.stages, str(c.schedule)))
+
+
+def choose(problem: Problem, device: Device, rows: float) -> Choice:
+    """The schedule that the model takes to be fastest for ``rows`` rows an expert on average."""
+    return explain(problem, device, rows)[0]
+
+
+def ladder(problem: Problem, device: Device) -> list[tuple[float, Schedule]]:
+    """(rows an expert, schedule), ascending: below the first number the first schedule, and so on up to inf.
+
+    What the host picks a variant by, from R / E. Of all ways to give each of ROWS a schedule, the one that
+    loses least against the best of each, Σ log(seconds / least seconds), where a change of schedule costs
+    SWITCH.
+    """
+    # By its last schedule: the loss so far, and a schedule for each of ROWS so far.
+    paths: dict[Schedule, tuple[float, list[Schedule]]] = {}
+    for rows in ROWS:
+        choices = explain(problem, device, rows)
+        loss, path = min(paths.values(), key=lambda p: p[0], default=(-SWITCH, []))
+        switched = (loss + SWITCH, path)
+        paths = {
+            c.schedule: (before[0] + math.log(c.seconds / choices[0].seconds), [*before[1], c.schedule])
+            for c in choices
+            for before in [min(paths.get(c.schedule, switched), switched, key=lambda p: p[0])]
+        }
+    _, path = min(paths.values(), key=lambda p: p[0])
+    ends = [i for i, s in enumerate(path) if i + 1 == len(path) or path[i + 1] != s]
+    return [(ROWS[i + 1] if i + 1 < len(ROWS) else math.inf, path[i]) for i in ends]

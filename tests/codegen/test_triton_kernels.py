@@ -1,0 +1,167 @@
+"""Triton kernel files: right in the interpreter, readable, and what they compile to on Hopper."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moec.codegen.devices import DEVICES
+from moec.codegen.kernels.triton_grouped import problem
+from moec.codegen.schedules import Problem, Schedule, space
+from moec.ir.op import Op
+from moec.runtime.compile import compile_many
+from moec.runtime.kernel_cache import Cubin
+from moec.runtime.launch import Kernel
+from tests.codegen.triton_kernels import combine_op, grouped_op, load, record, sort_op, source
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
+V3 = {
+    "sort_by_expert": lambda dtype: sort_op(8, 256),
+    "gather_grouped_linear": lambda dtype: grouped_op(
+        dtype, 256, 2048, 7168, gather=True, per_row=8, act="silu"
+    ),
+    "grouped_linear": lambda dtype: grouped_op(dtype, 256, 7168, 2048, scatter=True),
+    "combine": lambda dtype: combine_op(dtype, "f32", dtype, 8, 7168, slot=False, plus=dtype),
+}
+# Beside V3: what takes more registers. Masks for tails, gelu, rows in pieces of less than 16 bytes.
+HARD = {
+    "gelu": lambda dtype: grouped_op(dtype, 256, 2048, 7168, gather=True, per_row=8, act="gelu"),
+    "no epilogue": lambda dtype: grouped_op(dtype, 64, 2816, 2048, gather=True, per_row=6),
+    "tails": lambda dtype: grouped_op(dtype, 60, 75, 104, gather=True, per_row=6, act="gelu_tanh"),
+    "tails, down": lambda dtype: grouped_op(dtype, 60, 104, 72),
+    "pieces": lambda dtype: grouped_op(dtype, 60, 75, 100, gather=True, per_row=6, act="silu"),
+    "pieces, down": lambda dtype: grouped_op(dtype, 60, 100, 74, scatter=True),
+}
+
+
+def test_interpreter_equals_reference() -> None:
+    """In a process of its own: Triton interprets only where that was set before it was imported."""
+    command = [sys.executable, "-m", "pytest", str(INTERPRETED), "-q", "-x", "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", V3)
+def test_generated_files_read_as_before(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"v3_{name}.py.txt", source(V3[name]("bf16")))
+
+
+@pytest.mark.parametrize("target", DEVICES)
+def test_every_op_renders_for_every_target(target: str) -> None:
+    """render_python parses what it renders; beyond that, lines have a length and nothing trails."""
+    ops = [make("bf16") for make in (V3 | HARD).values()]
+    ops += [combine_op("f16", "f32", "f32", 6, 100, slot=True, plus="f32"), V3["grouped_linear"]("f32")]
+    for op in ops:
+        for line in source(op, target).splitlines():
+            assert len(line) <= 110 and line == line.rstrip(), line
+
+
+def test_offsets_have_64_bits() -> None:
+    """Rows of x and y, and the experts of weights by pointer: each is widened before it is multiplied."""
+    text = source(V3["gather_grouped_linear"]("bf16"), "sm_80")
+    assert "x + source.to(tl.int64)[:, None] * K" in text
+    assert "w + (expert.to(tl.int64) * 2 * N + cols)[:, None] * K" in text
+    assert "y + rows.to(tl.int64)[:, None] * N" in text
+    assert "y + place.to(tl.int64)[None, :] * N" in source(V3["grouped_linear"]("bf16"))
+    assert "token = tl.program_id(0).to(tl.int64)" in source(V3["combine"]("bf16"))
+
+
+@pytest.mark.parametrize(
+    "op, reason",
+    [
+        (lambda: grouped_op("bf16", 4, 16, 33), "multiples of 4 bytes"),
+        (lambda: grouped_op("bf16", 4, 16, 34), None),
+        (lambda: grouped_op("f32", 4, 16, 33), None),
+        (lambda: grouped_op("f8e4m3", 4, 16, 32), "f8e4m3 is none of bf16, f16, f32"),
+        (lambda: sort_op(2, 2047), None),
+        (lambda: sort_op(2, 2048), "2048 experts"),
+        (lambda: combine_op("bf16", "f32", "f64", 2, 16, slot=True, plus=None), "f64 is none of"),
+    ],
+)
+def test_what_is_not_supported_says_why(op: Callable[[], Op], reason: str | None) -> None:
+    found = record(op()).supports(op())
+    assert (not found) if reason is None else any(reason in r for r in found)
+
+
+def compiled(
+    op: Op, schedules: list[Schedule] | None, folder: Path, target: str = "sm_90a"
+) -> list[tuple[str, Cubin]]:
+    """Each variant of the op's kernels, by function and variant."""
+    module = load(source(op, target, schedules), folder)
+    kernels = [value for value in vars(module).values() if isinstance(value, Kernel)]
+    requests = [r for kernel in kernels for r in kernel.requests(target)]
+    assert requests
+    cubins = compile_many(requests, cache=folder / "cache").check()
+    return [(f"{r.function} {r.variant}", c) for r, c in zip(requests, cubins, strict=True)]
+
+
+def check_hopper(op: Op, schedules: list[Schedule] | None, folder: Path) -> None:
+    limit, most = DEVICES["sm_90a"].smem_per_block, estimates(problem(op))
+    for name, cubin in compiled(op, schedules, folder):
+        facts = cubin.facts
+        assert facts.spills == 0, f"{name} spills"
+        assert facts.shared_dynamic <= min(limit, most[name.split()[1]]), name
+        assert facts.matrix and all(m.startswith("HGMMA.64x") for m in facts.matrix), (name, facts.matrix)
+        if "_swapped 16x" in name:
+            assert list(facts.matrix) == ["HGMMA.64x16x16"], name
+
+
+def estimates(p: Problem) -> dict[str, int]:
+    """The shared memory that a tile is taken to need."""
+    return {s.tile: p.shared_memory(s) for s in space(p, DEVICES["sm_90a"])}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("name", ["gather_grouped_linear", "grouped_linear"])
+def test_picked_schedules_on_hopper(name: str, dtype: str, tmp_path: Path) -> None:
+    check_hopper(V3[name](dtype), None, tmp_path)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_shapes_on_hopper(name: str, tmp_path: Path) -> None:
+    """Of each form the schedule with the most sums, which is the first to spill."""
+    op = HARD[name]("bf16")
+    p = problem(op)
+    schedules = space(p, DEVICES["sm_90a"])
+    most_sums_last = sorted(schedules, key=lambda s: (p.sums(s), s.block_m))
+    worst = {s.form: s for s in most_sums_last}
+    check_hopper(op, list(worst.values()), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("name", ["gather_grouped_linear", "grouped_linear", *HARD])
+def test_whole_space_on_hopper(name: str, dtype: str, tmp_path: Path) -> None:
+    op = (V3 | HARD)[name](dtype)
+    check_hopper(op, space(problem(op), DEVICES["sm_90a"]), tmp_path)
+
+
+def test_sort_and_combine_on_hopper(tmp_path: Path) -> None:
+    cubins = dict(compiled(V3["sort_by_expert"]("bf16"), None, tmp_path))
+    cubins |= dict(compiled(V3["combine"]("bf16"), None, tmp_path))
+    assert all(c.facts.spills == 0 for c in cubins.values())
+    # Eight rows and what is added, 16 bytes a thread each.
+    assert cubins["combine_sum 1024w4"].facts.loads["LDG.128"] >= 9
+
+
+def test_fp32_on_hopper(tmp_path: Path) -> None:
+    """No matrix instruction: TF32 would round the operands."""
+    op = V3["gather_grouped_linear"]("f32")
+    for name, cubin in compiled(op, None, tmp_path):
+        assert not cubin.facts.matrix and not cubin.facts.spills, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", V3)
+@pytest.mark.parametrize("target", [t for t in DEVICES if t != "sm_90a"])
+def test_other_targets_compile(target: str, name: str, tmp_path: Path) -> None:
+    limit = DEVICES[target].smem_per_block
+    for variant, cubin in compiled(V3[name]("bf16"), None, tmp_path, target):
+        assert cubin.facts.shared_dynamic <= limit, variant

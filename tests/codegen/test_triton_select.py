@@ -1,0 +1,120 @@
+"""Selection: its model's parts by hand, and what it must pick where that is beyond doubt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moec.codegen.devices import DEVICES
+from moec.codegen.schedules import Problem, Schedule, reasons_against, space
+from moec.codegen.select import choose, explain, ladder, row_tiles, terms
+from moec.codegen.targets import TARGETS
+
+H100 = DEVICES["sm_90a"]
+V3_UP = Problem(256, 2048, 7168, "bf16", 2, matrices=2, gathered=True)
+V3_DOWN = Problem(256, 7168, 2048, "bf16", 2)
+
+PROBLEMS = st.builds(
+    Problem,
+    experts=st.integers(1, 512),
+    columns=st.integers(1, 20000),
+    depth=st.integers(1, 10000).map(lambda k: 2 * k),
+    dtype=st.sampled_from(["bf16", "f16"]),
+    itemsize=st.just(2),
+    matrices=st.sampled_from([1, 2]),
+    gathered=st.booleans(),
+) | st.builds(
+    Problem, st.integers(1, 64), st.integers(1, 500), st.integers(1, 500), st.just("f32"), st.just(4)
+)
+
+
+def test_gpu_targets_have_devices() -> None:
+    assert {t for t in TARGETS if t.startswith("sm_")} <= DEVICES.keys()
+
+
+@given(PROBLEMS, st.sampled_from(list(DEVICES)))
+def test_every_shape_has_a_ladder(problem: Problem, target: str) -> None:
+    """Ascending, ending with any number of rows, and only of schedules that may be picked."""
+    device = DEVICES[target]
+    allowed = space(problem, device)
+    rungs = ladder(problem, device)
+    bounds = [below for below, _ in rungs]
+    assert bounds == sorted(bounds) and bounds[-1] == math.inf
+    assert all(s in allowed for _, s in rungs)
+    assert all(few != many for (_, few), (_, many) in pairwise(rungs))
+    assert len({s for _, s in rungs}) <= 8  # each is compiled
+
+
+@given(PROBLEMS, st.sampled_from(list(DEVICES)), st.floats(0.01, 5000))
+def test_terms_are_seconds(problem: Problem, target: str, rows: float) -> None:
+    device = DEVICES[target]
+    for choice in explain(problem, device, rows):
+        assert all(t >= 0 and math.isfinite(t) for t in choice.terms.values()), choice
+        # No schedule beats moving the active weights once.
+        active = problem.experts * (1 - math.exp(-rows))
+        floor = active * problem.matrices * problem.columns * problem.depth * problem.itemsize
+        assert choice.seconds >= floor / device.bandwidth
+
+
+@pytest.mark.parametrize("rows, block", [(0.03, 16), (3.0, 16), (40.0, 16), (40.0, 64), (700.0, 128)])
+def test_row_tiles_are_the_mean_of_many_routings(rows: float, block: int) -> None:
+    counts = torch.poisson(torch.full((200_000,), rows), generator=torch.Generator().manual_seed(0))
+    assert row_tiles(rows, block) == pytest.approx((counts / block).ceil().mean().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("problem", [V3_UP, V3_DOWN])
+def test_hopper_swaps_for_few_rows_and_only_for_few(problem: Problem) -> None:
+    assert choose(problem, H100, 0.03).schedule.form == "swapped"
+    assert choose(problem, H100, 4.0).schedule.form == "swapped"
+    assert choose(problem, H100, 256.0).schedule.form == "rows"
+    assert choose(problem, H100, 4096.0).schedule.block_m == 128
+
+
+def test_model_at_the_roofline() -> None:
+    """V3 with one token: 8 experts' weights through DRAM; with 16384: the products, at Triton's rate."""
+    one = choose(V3_UP, H100, 8 / 256)
+    weights = 256 * (1 - math.exp(-8 / 256)) * 4096 * 7168 * 2 / 3.0e12
+    assert one.terms["weights"] == pytest.approx(weights)
+    assert one.seconds < 1.2 * weights
+    many = choose(V3_UP, H100, 512.0)
+    products = 2 * 512 * 256 * 4096 * 7168 / 798e12
+    assert 1.2 * products < many.seconds < 2 * products
+
+
+def test_shared_memory_is_enforced() -> None:
+    """What fits one device is refused on another, with the reason."""
+    big = Schedule("rows", 128, 128, 64, 8, 4)
+    assert not reasons_against(big, V3_UP, H100)
+    assert any("bytes of shared memory" in r for r in reasons_against(big, V3_UP, DEVICES["sm_89"]))
+    assert any("bytes of shared memory" in r for r in reasons_against(replace(big, stages=5), V3_UP, H100))
+    for device in DEVICES.values():
+        assert all(V3_UP.shared_memory(s) <= device.smem_per_block for s in space(V3_UP, device))
+
+
+def test_slow_or_spilling_schedules_are_refused() -> None:
+    def reasons(*schedule: object, problem: Problem = V3_UP) -> str:
+        return "; ".join(reasons_against(Schedule(*schedule), problem, H100))  # type: ignore[arg-type]
+
+    assert "slow path" in reasons("rows", 32, 128, 64, 4, 4)
+    assert "slow path" in reasons("swapped", 16, 32, 64, 4, 4)
+    assert "spill" in reasons("rows", 128, 128, 64, 4, 3)
+    assert not reasons("rows", 128, 128, 64, 4, 3, problem=V3_DOWN)
+    pieces = replace(V3_DOWN, depth=2050)
+    assert "16 bytes" in reasons("rows", 128, 128, 64, 8, 3, problem=pieces)
+    swapped = Schedule("swapped", 16, 64, 64, 4, 4)
+    assert reasons_against(swapped, V3_DOWN, DEVICES["sm_80"])
+
+
+def test_terms_name_what_bounds() -> None:
+    small, big = Schedule("swapped", 16, 64, 64, 4, 4), Schedule("rows", 128, 128, 64, 8, 4)
+    few, many = terms(small, V3_UP, H100, 1.0), terms(big, V3_UP, H100, 2048.0)
+    assert max(few, key=lambda t: few[t]) == "weights"
+    assert max(many, key=lambda t: many[t]) == "matrix unit"
+    # Too few rows for the tile: the padding is multiplied too.
+    assert terms(big, V3_UP, H100, 1.0)["matrix unit"] > few["matrix unit"]

@@ -1,0 +1,301 @@
+"""Every Triton template against its op's reference, in Triton's interpreter.
+
+Run by test_triton_kernels.py in a process of its own, since Triton fixes its mode when it is imported.
+
+fp16 and fp32 only: the interpreter's products of bf16 are wrong (Triton 3.6).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.runtime.interpreter import interpreter_builder
+
+from moec.codegen.schedules import Schedule
+from moec.ir.ops.moe import SortByExpert
+from moec.ir.types import DTYPES
+from moec.runtime.triton_mode import interpreting
+from tests.codegen import triton_kernels
+from tests.codegen.triton_kernels import combine_op, grouped_op, sort_op, source
+
+assert interpreting(), "TRITON_INTERPRET=1 must be set"
+
+TOLERANCE = {torch.float16: 4e-3, torch.float32: 2e-5}
+FOLDER: dict[str, Path] = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    FOLDER["kernels"] = tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write shows: it is NaN, or a number that is no row's."""
+    empty = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *size: Any, **kwargs: Any) -> torch.Tensor:
+        out = empty(self, *size, **kwargs)
+        return out.fill_(torch.nan if out.is_floating_point() else -99)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@st.composite
+def routings(draw: Any, most_tokens: int = 12) -> tuple[int, int, torch.Tensor]:
+    """Experts, choices a token, ids [T, k]: at random, all to one, to two of many, or some to none."""
+    experts = draw(st.sampled_from([1, 3, 4, 8]))
+    k = draw(st.sampled_from([1, 2, 6]))
+    tokens = draw(st.sampled_from([0, 1, 2, 5, most_tokens]))
+    kind = draw(st.sampled_from(["random", "one", "skew", "skip", "none"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 16)))
+    low, high = {
+        "random": (0, experts),
+        "one": (experts - 1, experts),
+        "skew": (0, min(2, experts)),
+        "skip": (-2, experts + 2),
+        "none": (experts, experts + 3),
+    }[kind]
+    ids = torch.randint(low, high, (tokens, k), generator=generator, dtype=torch.int32)
+    return experts, k, ids
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def call(op: Any, text: str, folder: Path, *operands: Any) -> Any:
+    """What the kernel makes of ``operands``.
+
+    It must be the same bits whether its programs run from first to last or from last to first: then none
+    writes what is another's.
+    """
+    forwards = triton_kernels.call(op, text, folder, *operands)
+    index = interpreter_builder.set_grid_idx
+
+    def mirrored(x: int, y: int, z: int) -> None:
+        index(interpreter_builder.grid_dim[0] - 1 - x, y, z)
+
+    with patch.object(interpreter_builder, "set_grid_idx", mirrored):
+        backwards = triton_kernels.call(op, text, folder, *operands)
+    torch.testing.assert_close(backwards, forwards, rtol=0, atol=0, equal_nan=True)
+    return forwards
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+SCHEDULES = st.builds(
+    Schedule,
+    form=st.sampled_from(["rows", "swapped"]),
+    block_m=st.sampled_from([16, 32]),
+    block_n=st.sampled_from([16, 32]),
+    block_k=st.sampled_from([16, 32]),
+    warps=st.just(4),
+    stages=st.just(3),
+)
+# With and without tensor descriptors; columns and depths that end inside a tile, rows in pieces of 4 bytes.
+TARGETS = st.sampled_from(["sm_80", "sm_90a"])
+COLUMNS = st.sampled_from([1, 16, 24, 33, 70])
+DEPTHS = st.sampled_from([8, 16, 22, 40])
+FLOATS = st.sampled_from(["f16", "f32"])
+
+
+@given(
+    routings(),
+    SCHEDULES,
+    TARGETS,
+    COLUMNS,
+    DEPTHS,
+    FLOATS,
+    st.sampled_from([None, "silu", "gelu", "gelu_tanh"]),
+    st.booleans(),
+)
+def test_gather_grouped_linear(
+    routing: Any,
+    schedule: Schedule,
+    target: str,
+    columns: int,
+    depth: int,
+    dtype: str,
+    act: str | None,
+    nan: bool,
+) -> None:
+    experts, k, ids = routing
+    slot, off = SortByExpert.reference(ids, experts=experts)
+    x = normal(1, len(ids), depth, dtype=DTYPES[dtype].torch)
+    if nan and len(ids):
+        x[0] = torch.nan
+    w = normal(2, experts, columns * (2 if act else 1), depth, dtype=x.dtype) / depth**0.5
+    op = grouped_op(dtype, experts, columns, depth, gather=True, per_row=k, act=act)
+    found = call(op, source(op, target, [schedule]), FOLDER["kernels"], x, w, slot, off)
+    close(found, type(op).reference(x, w, slot, off, **op.attrs))
+
+
+@given(routings(), SCHEDULES, TARGETS, COLUMNS, DEPTHS, FLOATS, st.booleans(), st.booleans())
+def test_grouped_linear(
+    routing: Any,
+    schedule: Schedule,
+    target: str,
+    columns: int,
+    depth: int,
+    dtype: str,
+    scatter: bool,
+    nan: bool,
+) -> None:
+    experts, _, ids = routing
+    slot, off = SortByExpert.reference(ids, experts=experts)
+    x = normal(3, len(slot), depth, dtype=DTYPES[dtype].torch)
+    if nan and len(x):
+        x[0] = torch.nan
+    w = normal(4, experts, columns, depth, dtype=x.dtype) / depth**0.5
+    places = slot if scatter else None
+    op = grouped_op(dtype, experts, columns, depth, scatter=scatter)
+    found = call(op, source(op, target, [schedule]), FOLDER["kernels"], x, w, off, places)
+    close(found, type(op).reference(x, w, off, places))
+
+
+@pytest.mark.parametrize("form", ["rows", "swapped"])
+def test_many_tiles_in_bands(form: Any) -> None:
+    """More row tiles than a band holds, and several column tiles: each tile of y is written, once."""
+    experts, rows = 3, 16 * 40
+    off = torch.tensor([0, 16 * 35 + 3, 16 * 35 + 3, rows - 5], dtype=torch.int32)
+    x, w = normal(5, rows, 16, dtype=torch.float16), normal(6, experts, 40, 16, dtype=torch.float16)
+    op = grouped_op("f16", experts, 40, 16)
+    found = call(op, source(op, "sm_90a", [Schedule(form, 16, 16, 16, 4, 3)]), FOLDER["kernels"], x, w, off)
+    expected = type(op).reference(x, w, off)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=4e-3)
+
+
+@pytest.mark.parametrize("form", ["rows", "swapped"])
+def test_the_grid_holds_every_tile(form: Any) -> None:
+    """The most tiles that rows can need: each expert, and the rows of none, one row beyond a full tile."""
+    off = torch.tensor([0, 17, 34, 51], dtype=torch.int32)
+    x, w = normal(20, 4 * 17, 16, dtype=torch.float16), normal(21, 3, 16, 16, dtype=torch.float16) / 4
+    op = grouped_op("f16", 3, 16, 16)
+    found = call(op, source(op, "sm_90a", [Schedule(form, 16, 16, 16, 4, 3)]), FOLDER["kernels"], x, w, off)
+    close(found, type(op).reference(x, w, off))
+
+
+def test_what_selection_picks() -> None:
+    """The file as a package holds it: the ladder picks a variant for each number of rows."""
+    experts, k, columns, depth = 4, 2, 24, 40
+    op = grouped_op("f16", experts, columns, depth, gather=True, per_row=k, act="silu")
+    text = source(op)
+    w = normal(7, experts, 2 * columns, depth, dtype=torch.float16) / depth**0.5
+    for tokens in (1, 7, 300):
+        x = normal(8, tokens, 2 * depth, dtype=torch.float16)[:, :depth]  # not contiguous
+        ids = torch.randint(0, experts, (tokens, k), generator=torch.Generator().manual_seed(9))
+        slot, off = SortByExpert.reference(ids, experts=experts)
+        found = call(op, text, FOLDER["kernels"], x, w, slot, off)
+        close(found, type(op).reference(x, w, slot, off, **op.attrs))
+
+
+@given(routings(most_tokens=400))
+def test_sort_by_expert(routing: Any) -> None:
+    experts, k, ids = routing
+    op = sort_op(k, experts)
+    slot, off = call(op, source(op), FOLDER["kernels"], ids)
+    expected_slot, expected_off = SortByExpert.reference(ids, experts=experts)
+    assert torch.equal(slot, expected_slot) and torch.equal(off, expected_off)
+
+
+@pytest.mark.parametrize("low, high, experts", [(-1, 8, 7), (0, 2, 300)])
+def test_sort_of_many_slots(low: int, high: int, experts: int) -> None:
+    """So many that chunks of them are counted and ranked; their number is no multiple of a chunk."""
+    generator = torch.Generator().manual_seed(10)
+    ids = torch.randint(low, high, (2741, 6), generator=generator, dtype=torch.int32)
+    op = sort_op(6, experts)
+    slot, off = call(op, source(op), FOLDER["kernels"], ids)
+    expected_slot, expected_off = SortByExpert.reference(ids, experts=experts)
+    assert torch.equal(slot, expected_slot) and torch.equal(off, expected_off)
+
+
+@given(
+    st.sampled_from([0, 1, 5]),
+    st.sampled_from([1, 2, 6, 20]),
+    st.sampled_from([1, 24, 1030]),
+    FLOATS,
+    FLOATS,
+    FLOATS,
+    st.sampled_from([None, "f16", "f32"]),
+    st.booleans(),
+)
+@settings(max_examples=15)
+def test_combine(
+    tokens: int, k: int, width: int, rows_dtype: str, w_dtype: str, to: str, plus: str | None, slot: bool
+) -> None:
+    rows = normal(11, tokens * k, width, dtype=DTYPES[rows_dtype].torch)
+    w = normal(12, tokens, k, dtype=DTYPES[w_dtype].torch)
+    added = normal(13, tokens, width, dtype=DTYPES[plus].torch) if plus else None
+    if tokens:
+        rows[0] = torch.nan  # in one token only
+    places = torch.randperm(tokens * k, generator=torch.Generator().manual_seed(14)).int() if slot else None
+    op = combine_op(rows_dtype, w_dtype, to, k, width, slot, plus)
+    found = call(op, source(op), FOLDER["kernels"], rows, places, w, added)
+    close(found, type(op).reference(rows, places, w, added, **op.attrs))
+
+
+FAR = (1 << 31) // 16 + 3  # a row of 16 values beyond the reach of 32-bit offsets
+
+
+@pytest.mark.parametrize("form", ["rows", "swapped"])
+def test_tokens_beyond_32_bits(form: Any) -> None:
+    """4 GiB of tokens that nobody touches but two, so that they take no memory."""
+    x = torch.empty(FAR + 1, 16, dtype=torch.float16)
+    x[[2, FAR]] = normal(15, 2, 16, dtype=x.dtype)
+    w = normal(16, 1, 16, 16, dtype=x.dtype) / 4
+    slot, off = torch.tensor([FAR, 2], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    op = grouped_op("f16", 1, 16, 16, gather=True)
+    text = source(op, "sm_80", [Schedule(form, 16, 16, 16, 4, 3)])
+    found = call(op, text, FOLDER["kernels"], x, w, slot, off)
+    close(found, type(op).reference(x, w, slot, off, **op.attrs))
+
+
+@pytest.mark.parametrize("form", ["rows", "swapped"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_weights_beyond_32_bits(form: Any, target: str) -> None:
+    """Only the last of 2049 experts has rows, and only its weights exist."""
+    w = torch.empty(2049, 1024, 1024, dtype=torch.float16)
+    w[-1] = normal(17, 1024, 1024, dtype=w.dtype) / 32
+    x = normal(18, 3, 1024, dtype=w.dtype)
+    off = torch.zeros(2050, dtype=torch.int32)
+    off[-1] = 3
+    op = grouped_op("f16", 2049, 1024, 1024)
+    found = call(op, source(op, target, [Schedule(form, 16, 256, 256, 4, 3)]), FOLDER["kernels"], x, w, off)
+    close(found, (x.float() @ w[-1].float().T).half())
+
+
+def test_a_layer_of_experts() -> None:
+    """The four kernels in a row, tokens of other ranks included: what the ops' references make of it."""
+    experts, k, width, inner = 5, 3, 40, 24
+    ids = torch.randint(-1, experts + 1, (33, k), generator=torch.Generator().manual_seed(22)).int()
+    x, shared = normal(23, 33, width, dtype=torch.float32), normal(24, 33, width, dtype=torch.float32)
+    w13 = normal(25, experts, 2 * inner, width, dtype=torch.float32) / width**0.5
+    w2 = normal(26, experts, width, inner, dtype=torch.float32) / inner**0.5
+    weights = normal(27, 33, k, dtype=torch.float32).softmax(-1)
+    ops = [
+        sort_op(k, experts),
+        grouped_op("f32", experts, inner, width, gather=True, per_row=k, act="silu"),
+        grouped_op("f32", experts, width, inner, scatter=True),
+        combine_op("f32", "f32", "f32", k, width, slot=False, plus="f32"),
+    ]
+    sort, up, down, combine = [partial(call, op, source(op), FOLDER["kernels"]) for op in ops]
+    slot, off = sort(ids)
+    found = combine(down(up(x, w13, slot, off), w2, off, slot), weights, shared)
+    expected = shared.clone()
+    for t in range(33):
+        for j, e in enumerate(ids[t].tolist()):
+            if 0 <= e < experts:
+                gate, up_row = (w13[e] @ x[t]).chunk(2)
+                expected[t] += weights[t, j] * (w2[e] @ (torch.nn.functional.silu(gate) * up_row))
+    close(found, expected)
