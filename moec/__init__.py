@@ -49,10 +49,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FACE:
-        raise AttributeError(f"module 'moec' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "ops":
+        return import_module("moec.ops")
+    if name not in _FACE:
+        raise AttributeError(f"module 'moec' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_FACE[name]), name)
     return value
 

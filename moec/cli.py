@@ -20,7 +20,7 @@ from moec.errors import MoecError
 # Name of the command, the module that holds it, and what `moec --help` says without importing it.
 COMMANDS = {
     "build": ("build", "Compile a model spec into a package."),
-    "list": ("list", "List models, targets, passes or ops."),
+    "list": ("list", "List models, targets, passes, ops or kernels."),
     "show": ("show", "Print the IR of a spec or package, or a generated kernel."),
     "opt": ("opt", "Read IR, run passes over it, print IR."),
     "verify": ("verify", "Compare a package with the reference interpreter."),

@@ -32,6 +32,14 @@ class BuildOptions:
     )
     layers: str | None = _option(None, "only the first N layers, or layers A-B")
     force: bool = _option(False, "replace an existing package")
+    cache: str | None = _option(
+        None, "folder of compiled kernels, kept between builds; ~/.cache/moec by default", "MOEC_CACHE"
+    )
+    interpret: bool = _option(
+        False,
+        "moec.ops: run GPU kernels on CPU tensors, in Triton's interpreter (with TRITON_INTERPRET=1)",
+        "MOEC_INTERPRET",
+    )
 
     def __post_init__(self) -> None:
         """Raises BadOption for a value out of range. A dtype may have PyTorch's name."""
@@ -57,8 +65,12 @@ class BuildOptions:
         return BuildOptions(**values)
 
     def as_manifest(self) -> dict[str, Any]:
-        """What influenced the result; where it was written did not."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "force"}
+        """What influenced the result; where it was written, or read again from, did not."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("force", "cache", "interpret")
+        }
 
 
 def _read(variable: str, text: str, default: Any) -> Any:

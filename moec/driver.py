@@ -87,11 +87,30 @@ def build(
         module.target = goal.name
         optimise(module, chosen, aside, say)
         say("emitting")
-        manifest = codegen.write_package(aside, module, goal, __version__, describe(model, chosen))
+        about = describe(model, chosen)
+        manifest = codegen.write_package(aside, module, goal, __version__, about, compiler(goal, chosen, say))
         if weights is not None:
             say("checking the weights")
             check_weights(weights, manifest)
     return Built(folder, manifest)
+
+
+def compiler(
+    goal: codegen.Target, options: BuildOptions, say: Progress
+) -> Callable[[Path], list[dict[str, Any]]] | None:
+    """What compiles the kernels in a package's folder for a target; None where they need no compiler."""
+    if goal.device != "cuda":
+        return None
+
+    def compile(folder: Path) -> list[dict[str, Any]]:
+        from moec.runtime.ahead import compile_kernels
+
+        cache = Path(options.cache) if options.cache else None
+        return compile_kernels(
+            folder, goal.name, cache, lambda done, n: say(f"compiling kernels, {done} of {n}")
+        )
+
+    return compile
 
 
 def _folder_name(name: str) -> str:

@@ -7,7 +7,7 @@
       note: ...
 
 The hundreds say where a mistake was made: 01 the DSL, 02 the IR, 03 a configuration, 04 weights,
-05 a package, 06 a call at run time, 07 passes and options.
+05 a package, 06 a call at run time, 07 passes and options, 08 compiling and launching kernels.
 """
 
 from __future__ import annotations
@@ -215,6 +215,12 @@ class CacheFull(MoecError):
     code = "M0602"
 
 
+class NotDifferentiable(MoecError):
+    """A backward pass through an operator that is for inference only."""
+
+    code = "M0603"
+
+
 # 07: passes and options
 class BadOption(MoecError):
     code = "M0701"
@@ -226,3 +232,52 @@ class UnknownPass(MoecError):
 
 class UnknownTarget(MoecError):
     code = "M0703"
+
+
+# 08: compiling and launching kernels
+class CompileFailed(MoecError):
+    """A kernel's variant that its compiler refuses; the message is the compiler's."""
+
+    code = "M0801"
+
+
+class TooMuchSharedMemory(MoecError):
+    """A block needs more shared memory, or tensor memory, than the device has."""
+
+    code = "M0802"
+
+
+class CompilerMissing(MoecError):
+    """Triton, or one of the tools that its wheel carries, isn't there or can't run."""
+
+    code = "M0803"
+
+
+class Misaligned(MoecError):
+    """An argument breaks a promise of divisibility that its kernel was compiled with."""
+
+    code = "M0804"
+
+
+class BadArgument(MoecError):
+    """A launch with too many or too few arguments, or one of the wrong kind, dtype or range."""
+
+    code = "M0805"
+
+
+class NotCompiled(MoecError):
+    """There is no such variant of the kernel, or the package holds no cubin of it for this device."""
+
+    code = "M0806"
+
+
+class InterpreterOff(MoecError):
+    """A kernel is to run on the CPU, but Triton's interpreter wasn't on before the process started."""
+
+    code = "M0807"
+
+
+class LaunchFailed(MoecError):
+    """The CUDA driver refuses to load or launch a kernel."""
+
+    code = "M0808"

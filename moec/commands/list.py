@@ -1,4 +1,4 @@
-"""``moec list models|targets|passes|ops``."""
+"""``moec list models|targets|passes|ops|kernels``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from moec.commands import ui
+from moec.commands import kernels, ui
+from moec.errors import BadOption
 
 Rows = tuple[list[str], list[list[Any]]]
 
@@ -52,12 +53,27 @@ def _ops() -> Rows:
 KINDS = {"models": _models, "targets": _targets, "passes": _passes, "ops": _ops}
 
 
+def _tokens(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadOption(f"--tokens {text!r}: numbers and commas, as in 1,64,4096") from None
+
+
 @click.command("list")
-@click.argument("kind", type=click.Choice(list(KINDS)))
+@click.argument("kind", type=click.Choice([*KINDS, "kernels"]))
+@click.option("--target", default="sm_90a", show_default=True, help="Of kernels: what they run on.")
+@click.option("--explain", "spec", help="Of kernels: which schedules this spec's get, and by which terms.")
+@click.option("--tokens", default="1,16,64,256,1024,8192", show_default=True, help="Of --explain.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def command(kind: str, as_json: bool) -> None:
-    """List models, targets, passes or ops."""
-    columns, rows = KINDS[kind]()
+def command(kind: str, target: str, spec: str | None, tokens: str, as_json: bool) -> None:
+    """List models, targets, passes, ops or kernels."""
+    if kind in KINDS:
+        columns, rows = KINDS[kind]()
+    elif spec is None:
+        columns, rows = kernels.emitted(target)
+    else:
+        columns, rows = kernels.explained(spec, target, _tokens(tokens))
     if as_json:
         ui.emit_json([dict(zip(columns, row, strict=True)) for row in rows])
     else:

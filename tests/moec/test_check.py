@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,10 +42,15 @@ MISTAKES = [
     ("cache_write", "[slot_mapping.clamp(min=-1)]", "[slot_mapping.clamp(max=63)]"),
     ("cache_read", "(length + 63) // 64", "1 + length // 64 * 0"),
     ("cache_read", "pages[table[", "pages[table.sort(descending=True).values["),
-    ("attention", "mask = torch.ones(", "mask = 0 * torch.ones("),
-    ("attention", ".tril(keys - queries)", ".tril()"),
-    ("attention", "is_causal=queries == keys", "is_causal=False"),
-    ("attention", "scale=0.30558255774919335", "scale=0.25"),
+    ("latent_attention", "query[:, :, 10:]", "query[:, :, 10:].flip(2)"),
+    ("latent_attention", "w_uv.mT", "w_uv.flip(0).mT"),
+    ("latent_attention", "rows[:, 24:]", "rows[:, :8]"),
+    ("latent_attention", "value = kv[:, :, 10:]", "value = kv[:, :, :12]"),
+    ("latent_attention", "linear(rows[:, :24], w)", "linear(rows[:, :24], w.flip(0))"),
+    ("latent_attention", "mask = torch.ones(", "mask = 0 * torch.ones("),
+    ("latent_attention", ".tril(keys - queries)", ".tril()"),
+    ("latent_attention", "is_causal=1 < queries == keys", "is_causal=False"),
+    ("latent_attention", "scale=0.30558255774919335", "scale=0.25"),
 ]
 
 
@@ -59,9 +65,38 @@ def plant(package: Path, name: str, old: str, new: str) -> None:
     (package / "manifest.json").write_text(json.dumps(seal(manifest)))
 
 
+# The same in a model whose keys and values are cached as they are.
+ATTENTION_MISTAKES = [
+    ("mask = torch.ones(", "mask = 0 * torch.ones("),
+    (".tril(keys - queries)", ".tril()"),
+    ("is_causal=queries == keys", "is_causal=False"),
+    ("scores = torch.bmm(query, ", "scores = torch.bmm(query.flip(0), "),
+    ("            scale=", "            scale=0.5 * "),
+]
+
+
 @pytest.mark.parametrize(("kernel", "old", "new"), MISTAKES)
 def test_a_planted_mistake_is_found(package: Path, kernel: str, old: str, new: str) -> None:
     plant(package, f"kernels/{kernel}.py", old, new)
+    try:
+        verdict = verify_package(package, "random:0", decode=1)
+    except (RuntimeError, IndexError):
+        return  # so wrong that it can't run
+    assert not verdict.ok
+
+
+@pytest.fixture(scope="module")
+def grouped_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package whose query heads share key heads; not to be changed."""
+    return moec.build("llama-tiny", out=tmp_path_factory.mktemp("gqa") / "tiny", dtype="f32").path
+
+
+@pytest.mark.parametrize(("old", "new"), ATTENTION_MISTAKES)
+def test_a_mistake_in_plain_attention_is_found(
+    grouped_heads: Path, tmp_path: Path, old: str, new: str
+) -> None:
+    package = Path(shutil.copytree(grouped_heads, tmp_path / "package"))
+    plant(package, "kernels/attention.py", old, new)
     try:
         verdict = verify_package(package, "random:0", decode=1)
     except (RuntimeError, IndexError):

@@ -313,3 +313,22 @@ def test_bench_refuses_no_work(cli: Cli, built: Path, option: str) -> None:
 def test_bench_refuses_what_does_not_fit(cli: Cli, built: Path, layer_package: Path) -> None:
     cli("bench", built, "--prefill", 250, "--decode", 10).refused("M0601", "250 + 10", "256")
     cli("bench", layer_package).refused("M0503", "single layer")
+
+
+def test_list_kernels_says_who_emits_an_op(cli: Cli) -> None:
+    on = {row["op"]: row["on sm_90a"] for row in cli("list", "kernels", "--json").json()}
+    assert on["gather_grouped_linear"] == on["combine"] == "Triton"
+    assert on["attention"] == "PyTorch"
+    here = {row["on cpu"] for row in cli("list", "kernels", "--target", "cpu", "--json").json()}
+    assert here == {"PyTorch"}
+
+
+def test_list_kernels_explains_its_choice(cli: Cli) -> None:
+    rows = cli("list", "kernels", "--explain", "mixtral-tiny", "--tokens", "1,4096", "--json").json()
+    assert {row["tokens"] for row in rows} == {1, 4096}
+    for row in rows:
+        terms = dict(term.rsplit(" ", 1) for term in row["terms, µs"].split(", "))
+        assert {"weights", "activations", "matrix unit", "launch"} <= set(terms)
+        assert sum(map(float, terms.values())) == pytest.approx(float(row["µs by the model"]), abs=0.5)
+    assert cli("list", "kernels", "--explain", "mixtral-tiny", "--target", "cpu").code == 1
+    assert cli("list", "kernels", "--explain", "mixtral-tiny", "--tokens", "many").code == 1

@@ -29,6 +29,8 @@ VARIABLES: list[tuple[str, str, str, Any, Any]] = [
     ("MOEC_DTYPE", "bf16", "dtype", "bf16", "f32"),
     ("MOEC_OPT", "0", "opt_level", 0, 3),
     ("MOEC_PASSES", "canonicalise", "passes", "canonicalise", "expert-grouping"),
+    ("MOEC_CACHE", "kernels", "cache", "kernels", "others"),
+    ("MOEC_INTERPRET", "1", "interpret", True, False),
 ]
 
 

@@ -1,0 +1,71 @@
+"""What ``moec list kernels`` shows: who emits each op for a target, and why a schedule was picked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.errors import BadOption
+
+Rows = tuple[list[str], list[list[Any]]]
+
+
+def emitted(target: str) -> Rows:
+    """Each op with the records that emit it for ``target``, in the order in which they are tried."""
+    from moec import codegen
+    from moec.codegen.kernels import KERNELS, Inline
+    from moec.codegen.kernels.triton import TritonKernel
+
+    goal = codegen.target(target)
+    rows = []
+    for op in sorted({k.op for k in KERNELS}):
+        serving = [k for k in KERNELS if k.op == op and (not k.targets or goal.name in k.targets)]
+        triton = [k for k in serving if isinstance(k, TritonKernel)]
+        if triton:
+            rows.append([op, "Triton", triton[0].template])
+        else:
+            own = [k.template for k in serving if not isinstance(k, Inline)]
+            rows.append([op, "PyTorch", own[0] if own else "an expression"])
+    return ["op", f"on {goal.name}", "from"], rows
+
+
+def explained(spec: str, target: str, tokens: list[int]) -> Rows:
+    """The best schedule of each grouped product of ``spec`` for these numbers of tokens, and its terms in µs.
+
+    Raises BadOption where the target has no schedules.
+    """
+    from moec import codegen, models, passes
+    from moec.codegen.devices import DEVICES
+    from moec.codegen.kernels import select
+    from moec.codegen.kernels.triton import TritonKernel
+    from moec.codegen.kernels.triton_grouped import problem
+    from moec.codegen.select import choose
+
+    goal = codegen.target(target)
+    if goal.name not in DEVICES:
+        raise BadOption(f"{target} has one way to run a kernel; --explain is for {', '.join(DEVICES)}")
+    module = models.lower(models.resolve(spec))
+    passes.PassManager(passes.pipeline(target=goal.name)).run(module)
+    found: dict[Any, str] = {}  # each product once, by the shape that its schedule depends on
+    per_token: dict[Any, int] = {}
+    for function in module:
+        for op in function.ops:
+            if op.name in ("gather_grouped_linear", "grouped_linear") and isinstance(
+                select(op, goal.name), TritonKernel
+            ):
+                shape = problem(op)
+                found.setdefault(shape, op.name)
+                per_token[shape] = _slots_per_token(op)
+    rows = []
+    for shape, name in found.items():
+        for count in tokens:
+            choice = choose(shape, DEVICES[goal.name], count * per_token[shape] / shape.experts)
+            terms = ", ".join(f"{term} {seconds * 1e6:.1f}" for term, seconds in choice.terms.items())
+            size = f"{shape.experts} × [{shape.matrices * shape.columns}, {shape.depth}] {shape.dtype}"
+            rows.append([name, size, count, str(choice.schedule), f"{choice.seconds * 1e6:.1f}", terms])
+    return ["op", "weights", "tokens", "schedule", "µs by the model", "terms, µs"], rows
+
+
+def _slots_per_token(op: Any) -> int:
+    """Rows of the product for each token: the coefficient of its symbolic number of rows."""
+    rows = op.results[0].type.shape[0]
+    return int(rows.as_coeff_Mul()[0])

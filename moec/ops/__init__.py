@@ -1,0 +1,135 @@
+"""The experts of a Mixture-of-Experts layer as PyTorch operators, for models that moec didn't build.
+
+>>> y = moec.ops.fused_experts(x, w13, w2, topk_weights, topk_ids)
+
+Each is a custom operator of ``torch.library`` (``torch.ops.moec``) with a fake: it stands in a graph of
+``torch.compile(fullgraph=True)``, shapes may be dynamic. What runs is compiled by moec at the first call with
+new constants (sizes of the experts, dtypes, activation; not the number of tokens) and kept for the process:
+PyTorch for tensors on the CPU, generated kernels for tensors on a GPU. With MOEC_INTERPRET=1 and
+TRITON_INTERPRET=1 from the process's start, tensors on the CPU run the GPU's kernels in Triton's interpreter.
+
+Common to all:
+
+* x, w13 and w2 share one dtype: bfloat16, float16 or float32. Products are summed in fp32.
+* Routing weights and what passes between tokens may have any strides. On a GPU, and in the interpreter, w13
+  and w2 must be contiguous: they are never copied.
+* A choice of no expert here (an id below 0 or past the last one, an id outside ``expert_range``) contributes
+  nothing, exactly: no weight is read for it, whatever its routing weight, and no NaN or infinity comes of it.
+  A row that is NaN stays in its own token.
+* The result depends on the inputs alone: a token's experts are added in the order of its choices, no atomics.
+* Nothing is read back from a GPU. The values of offsets are checked on the CPU only.
+* They are for inference. A backward pass through one raises NotDifferentiable.
+
+Errors are ``moec.MoecError``: BadInput (M0601) names the argument, and says what it is and should be.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from moec.errors import BadInput, NotDifferentiable
+from moec.ops import library as library
+from moec.ops.inputs import describe
+
+ExpertRange: TypeAlias = "tuple[int, int] | range"
+
+__all__ = ["ExpertRange", "fused_experts", "grouped_experts"]
+
+
+def fused_experts(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    shared: Tensor | None = None,
+    activation: str = "swiglu",
+    limit: float | None = None,
+    expert_range: ExpertRange | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y[t] = Σ_j topk_weights[t, j] · expert_{topk_ids[t, j]}(x[t]), plus shared[t]: [T, H] in x's dtype.
+
+    expert_e(x) = w2[e] · (act(gate) ⊙ up), where [gate; up] = w13[e] · x (Shazeer 2020, GLU variants).
+
+    x             [T, H]; T may be 0
+    w13           [E, 2·I, H]: an expert's gate rows, then its up rows
+    w2            [E, H, I]
+    topk_weights  [T, k] float32 or x's dtype
+    topk_ids      [T, k] int32; int64, as ``torch.topk`` gives it, is taken too
+    shared        [T, H] in x's dtype: what the shared experts gave, added before the result is rounded
+    activation    ``swiglu`` (SiLU), ``geglu`` (GELU), ``geglu_tanh`` (its tanh approximation)
+    limit         gate is clamped to at most this and up to ± this before the activation (DeepSeek V4)
+    expert_range  (first, end), or ``range(first, end)``: topk_ids number the experts of all ranks, w13 and w2
+                  hold these; the result is this rank's part of the sum
+    out           [T, H] in x's dtype, receives the result and is returned; it may be x
+
+    Raises BadInput; DeviceUnavailable for a device that nothing is built for; InterpreterOff.
+    """
+    first = _first_expert(expert_range, w13)
+    arguments = (x, w13, w2, topk_weights, topk_ids, shared, activation, limit, first)
+    if out is None:
+        result: Tensor = torch.ops.moec.fused_experts(*arguments)
+        return result
+    _refuse_gradients("fused_experts", x, w13, w2, topk_weights, shared, out)
+    torch.ops.moec.fused_experts_out(*arguments, out)
+    return out
+
+
+def grouped_experts(
+    x_sorted: Tensor,
+    off: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    activation: str = "swiglu",
+    limit: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """expert_e of rows off[e] … off[e+1] - 1 of x_sorted: [R, H] in x_sorted's dtype.
+
+    For engines that sort, send and weigh tokens themselves. Rows from off[E] on are no expert's and come out
+    as zeros, whatever they hold.
+
+    x_sorted           [R, H]: rows sorted by expert
+    off                [E+1] int32 (or int64): 0 = off[0] ≤ off[1] ≤ … ≤ off[E] ≤ R, checked on the CPU only
+    w13, w2            as for ``fused_experts``, like activation and limit
+    out                [R, H] in x_sorted's dtype, receives the result and is returned; it may be x_sorted
+
+    Raises as ``fused_experts`` does.
+    """
+    arguments = (x_sorted, off, w13, w2, activation, limit)
+    if out is None:
+        result: Tensor = torch.ops.moec.grouped_experts(*arguments)
+        return result
+    _refuse_gradients("grouped_experts", x_sorted, w13, w2, out)
+    torch.ops.moec.grouped_experts_out(*arguments, out)
+    return out
+
+
+def _first_expert(expert_range: ExpertRange | None, w13: Tensor) -> int:
+    if expert_range is None:
+        return 0
+    if isinstance(expert_range, range):
+        if expert_range.step != 1:
+            raise BadInput(f"expert_range is {expert_range}: its experts must follow each other")
+        first, end = expert_range.start, expert_range.stop
+    else:
+        first, end = expert_range
+    if not 0 <= first < end:
+        raise BadInput(f"expert_range is ({first}, {end}): it must be (first, end) with 0 <= first < end")
+    if w13.shape[0] != end - first:
+        raise BadInput(
+            f"expert_range ({first}, {end}) means {end - first} experts, but w13 is {describe(w13)}"
+        )
+    return first
+
+
+def _refuse_gradients(op: str, *tensors: Tensor | None) -> None:
+    """An operator that writes into ``out`` can't say later that it has no derivative: it says so at once."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise NotDifferentiable(f"{op} writes into out and has no derivative: call it under torch.no_grad()")

@@ -1,0 +1,236 @@
+"""The functions behind the operators: small IR modules, built like any other and kept by their constants."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import math
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec import __version__
+from moec.config import BuildOptions
+from moec.errors import DeviceUnavailable
+from moec.ir import Builder, DType, Function, Module, TensorType, Value
+from moec.ir.types import as_dim, i32, symbol
+from moec.ops.inputs import ACTIVATIONS
+from moec.runtime.devices import FAMILIES
+from moec.runtime.package import Package
+from moec.runtime.triton_mode import require_interpreter
+
+INTERPRETED = "sm_90a"  # whose kernels Triton's interpreter runs
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a function is specialised to; the numbers of tokens and rows are not among it.
+
+    ``form`` names one of the functions of FORMS below, ``width`` is how many rows an expert's first weights
+    have (2·I, or I where nothing gates), ``k`` is 0 and dtypes None where a form has no such thing.
+    """
+
+    form: str
+    target: str
+    interpret: bool
+    dtype: torch.dtype
+    experts: int
+    hidden: int
+    width: int
+    k: int = 0
+    weights: torch.dtype | None = None
+    integers: torch.dtype = torch.int32
+    activation: str = "swiglu"
+    limit: float | None = None
+    plus: torch.dtype | None = None
+    first: int = 0
+
+
+_functions: dict[Key, Compiled] = {}
+_numbers = itertools.count()
+_lock = threading.Lock()
+
+
+def function(key: Key) -> Compiled:
+    """The compiled function of a key, built where it is new. It takes its form's arguments, then ``{}``."""
+    found = _functions.get(key)
+    if found is None:
+        with _lock:
+            found = _functions.get(key)
+            if found is None:
+                found = _functions[key] = _build(key)
+    return found
+
+
+def _build(key: Key) -> Compiled:
+    """Builds the package of a key and imports it.
+
+    It holds IR dumps and sources, as any does. Its kernels' cubins come from the cache of kernels, which is
+    keyed by their content: a second process compiles none. So the package itself needs to last no longer than
+    the process.
+    """
+    from moec import codegen
+    from moec.driver import compiler, optimise
+
+    goal = codegen.target(key.target)
+    module = lower(key)
+    folder = _scratch() / f"{next(_numbers)}-{key.form}"
+    with codegen.staging(folder, force=False) as aside:
+        optimise(module, replace(options(), target=goal.name), aside, lambda line: None)
+        compile = None if key.interpret else compiler(goal, options(), lambda line: None)
+        codegen.write_package(aside, module, goal, __version__, _about(key), compile)
+    compiled: Compiled = Package(folder).module("model").forward
+    return compiled
+
+
+def _about(key: Key) -> dict[str, Any]:
+    return {
+        "name": f"moec.ops {key.form}",
+        "dtype": str(_dtype(key.dtype)),
+        "hidden": key.hidden,
+        "vocab": None,
+        "max_positions": None,
+        "eos": [],
+        "options": options().as_manifest(),
+        "ignored": [],
+    }
+
+
+@cache
+def _scratch() -> Path:
+    """Where this process's packages are, for its lifetime."""
+    folder = tempfile.mkdtemp(prefix="moec-ops-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@cache
+def options() -> BuildOptions:
+    """The environment's, as it was at the first call of an operator."""
+    return BuildOptions.from_environment()
+
+
+@cache
+def target_of(device: torch.device) -> tuple[str, bool]:
+    """What to build for tensors on ``device``, and whether to interpret it.
+
+    Raises DeviceUnavailable, or InterpreterOff where MOEC_INTERPRET is set and TRITON_INTERPRET isn't.
+    """
+    if device.type == "cpu":
+        if not options().interpret:
+            return "cpu", False
+        require_interpreter("an operator's kernels")
+        return INTERPRETED, True
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        fitting = [f for f in FAMILIES.values() if f.runs_on(capability)]
+        if fitting:
+            return max(fitting, key=lambda f: f.number).arch, False
+        raise DeviceUnavailable(
+            f"no kernels are built for compute capability {'.'.join(map(str, capability))}"
+        )
+    raise DeviceUnavailable(f"moec's operators run on cpu and cuda, not on {device}")
+
+
+# The functions, as IR.
+def lower(key: Key) -> Module:
+    """The naive module of a key, with one function, @forward."""
+    module = Module(f"moec.ops.{key.form}", target=key.target)
+    forward = module.add(Function("forward"))
+    b = Builder(module, forward, _dtype(key.dtype))
+    forward.ret(*FORMS[key.form](b, key))
+    return module
+
+
+def fused(b: Builder, key: Key) -> tuple[Value, ...]:
+    """(x, w13, w2, weights, ids[, shared]) -> y: ``moec.ops.fused_experts``."""
+    x = _argument(b, "x", "T", key.hidden)
+    w13, w2 = _experts(b, key)
+    weights, ids = _routing(b, key)
+    shared = _argument(b, "shared", "T", key.hidden, dtype=key.plus) if key.plus else None
+    rows, kept, _, slot, off = _first_product(b, key, x, w13, weights, ids)
+    down = b.grouped_linear(_activate(b, key, rows), w2, off, out="down")
+    return (b.combine(down, slot, kept, shared, out="y"),)
+
+
+def grouped(b: Builder, key: Key) -> tuple[Value, ...]:
+    """(x, off, w13, w2) -> y: ``moec.ops.grouped_experts``."""
+    x = b.function.add_argument("x", TensorType(b.dtype, (symbol("R"), key.hidden), key.experts))
+    off = _argument(b, "off", key.experts + 1, dtype=key.integers)
+    w13, w2 = _experts(b, key)
+    gate_up = b.grouped_linear(x, w13, off, out="gate_up")
+    return (b.grouped_linear(_activate(b, key, gate_up), w2, off, out="y"),)
+
+
+def begin(b: Builder, key: Key) -> tuple[Value, ...]:
+    """(x, w, weights, ids) -> the first product's rows by expert; weights and ids that count; slot; off."""
+    x = _argument(b, "x", "T", key.hidden)
+    w = _argument(b, "w", key.experts, key.width, key.hidden)
+    return _first_product(b, key, x, w, *_routing(b, key))
+
+
+def end(b: Builder, key: Key) -> tuple[Value, ...]:
+    """(h, w2, weights, slot, off[, plus]) -> y: the second product of rows by expert, summed by token."""
+    rows = as_dim(key.k * symbol("T"))
+    h = b.function.add_argument("h", TensorType(b.dtype, (rows, key.width), key.experts))
+    w2 = _argument(b, "w2", key.experts, key.hidden, key.width)
+    weights = _argument(b, "weights", "T", key.k, dtype=key.weights)
+    slot = b.function.add_argument("slot", TensorType(i32, (rows,), key.experts))
+    off = _argument(b, "off", key.experts + 1, dtype=torch.int32)
+    plus = _argument(b, "plus", "T", key.hidden, dtype=key.plus) if key.plus else None
+    return (b.combine(b.grouped_linear(h, w2, off, out="down"), slot, weights, plus, out="y"),)
+
+
+FORMS: dict[str, Callable[[Builder, Key], tuple[Value, ...]]] = {
+    "fused": fused,
+    "grouped": grouped,
+    "begin": begin,
+    "end": end,
+}
+
+
+def _first_product(b: Builder, key: Key, x: Value, w: Value, weights: Value, ids: Value) -> tuple[Value, ...]:
+    here = {"first": key.first, "experts": key.experts}
+    kept, local = b.local_experts(weights, ids, out=("kept", "local"), **here)
+    slot, off = b.sort_by_expert(local, experts=key.experts, out=("slot", "off"))
+    gathered = b.gather_rows(x, slot, per_row=key.k, out="xe")
+    return b.grouped_linear(gathered, w, off, out="gate_up"), kept, local, slot, off
+
+
+def _activate(b: Builder, key: Key, gate_up: Value) -> Value:
+    act = ACTIVATIONS[key.activation]
+    if key.limit is None:
+        h: Value = b.swiglu(gate_up, act=act, out="h")
+        return h
+    gate, up = b.split(gate_up, sizes=(key.width // 2,) * 2, out=("gate", "up"))
+    gate = b.clamp(gate, lo=-math.inf, hi=key.limit, out="gate.clamped")
+    up = b.clamp(up, lo=-key.limit, hi=key.limit, out="up.clamped")
+    h = b.swiglu(gate, up, act=act, out="h")
+    return h
+
+
+def _experts(b: Builder, key: Key) -> tuple[Value, Value]:
+    w13 = _argument(b, "w13", key.experts, key.width, key.hidden)
+    return w13, _argument(b, "w2", key.experts, key.hidden, key.width // 2)
+
+
+def _routing(b: Builder, key: Key) -> tuple[Value, Value]:
+    weights = _argument(b, "weights", "T", key.k, dtype=key.weights)
+    return weights, _argument(b, "ids", "T", key.k, dtype=key.integers)
+
+
+def _argument(b: Builder, name: str, *shape: int | str, dtype: torch.dtype | None = None) -> Value:
+    sizes = tuple(symbol(size) if isinstance(size, str) else size for size in shape)
+    return b.function.add_argument(name, TensorType(_dtype(dtype) if dtype else b.dtype, sizes))
+
+
+def _dtype(dtype: torch.dtype) -> DType:
+    return DType.of(str(dtype))

@@ -1,0 +1,104 @@
+"""What the operators take; whatever doesn't fit is refused by the argument's name.
+
+The checks read shapes, dtypes and devices, so that an operator's fake makes them as well: ``torch.compile``
+reports what the call would. Only ``check_offsets`` reads values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.errors import BadInput
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INTEGERS = (torch.int32, torch.int64)
+# An activation's name outside, and that of the IR's swiglu.
+ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+LARGEST = 2**31 - 1  # slots and offsets are int32
+
+
+def describe(tensor: Tensor) -> str:
+    """``float32 [4, 64]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def want(name: str, tensor: Tensor, shape: Sequence[Any], meaning: str, *dtypes: torch.dtype) -> None:
+    """Raises BadInput unless ``tensor`` has this shape, None being any size, and one of ``dtypes``."""
+    fits = tensor.dim() == len(shape) and all(
+        size is None or size == found for size, found in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or tensor.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        sizes = ", ".join("*" if size is None else str(size) for size in shape)
+        raise BadInput(f"{name} must be {names} {meaning} = [{sizes}], not {describe(tensor)}")
+
+
+def check_experts(x: Tensor, w13: Tensor, w2: Tensor, contiguous: bool, name: str = "x") -> None:
+    """x [*, H], w13 [E, 2·I, H] and w2 [E, H, I] of one dtype. Raises BadInput."""
+    want(name, x, (None, None), "[T, H]" if name == "x" else "[R, H]", *FLOATS)
+    hidden = x.shape[1]
+    want("w13", w13, (None, None, hidden), "[E, 2·I, H]", x.dtype)
+    experts, width = w13.shape[0], w13.shape[1]
+    if experts < 1 or width < 2 or width % 2:
+        raise BadInput(f"w13 must hold as many up rows as gate rows, of one expert or more: {describe(w13)}")
+    want("w2", w2, (experts, hidden, width // 2), "[E, H, I]", x.dtype)
+    check_layout("w13", w13, contiguous)
+    check_layout("w2", w2, contiguous)
+
+
+def check_layout(name: str, w: Tensor, contiguous: bool) -> None:
+    """Raises BadInput for strides that kernels can't read: a copy at each call would hide its cost."""
+    if contiguous and not w.is_contiguous():
+        raise BadInput(f"{name} must be contiguous here, but {describe(w)} has strides {list(w.stride())}")
+
+
+def check_routing(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
+    """topk_weights and topk_ids [T, k]. Raises BadInput."""
+    want("topk_ids", topk_ids, (x.shape[0], None), "[T, k]", *INTEGERS)
+    if topk_ids.shape[1] < 1:
+        raise BadInput(f"topk_ids must name an expert a token or more, not {describe(topk_ids)}")
+    want("topk_weights", topk_weights, topk_ids.shape, "[T, k]", *dict.fromkeys((torch.float32, x.dtype)))
+
+
+def check_activation(activation: str, limit: float | None) -> None:
+    """Raises BadInput for a name that isn't known, or a limit that isn't positive."""
+    if activation not in ACTIVATIONS:
+        raise BadInput(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    if limit is not None and not 0 < limit < math.inf:
+        raise BadInput(f"limit is {limit}; it must be a positive number")
+
+
+def check_like(name: str, tensor: Tensor | None, x: Tensor, *dtypes: torch.dtype) -> None:
+    """``tensor``, where there is one, has x's shape, and x's dtype or one of ``dtypes``. Raises BadInput."""
+    if tensor is not None:
+        want(name, tensor, x.shape, "like x", *dict.fromkeys((*dtypes, x.dtype)))
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    """Raises BadInput unless all are on the first one's device."""
+    given = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
+    first, device = given[0]
+    for name, other in given:
+        if other != device:
+            raise BadInput(f"{first} is on {device}, but {name} on {other}")
+
+
+def check_offsets(off: Tensor, rows: int) -> None:
+    """0 = off[0] ≤ … ≤ off[E] ≤ rows, where that can be read without waiting. Raises BadInput."""
+    if off.device.type != "cpu":
+        return
+    values = off.tolist()
+    if values[0] != 0 or values[-1] > rows or any(a > b for a, b in pairwise(values)):
+        raise BadInput(f"off must rise from 0 to at most {rows}, the number of rows, not {values}")
+
+
+def check_count(rows: int) -> None:
+    """Raises BadInput for more rows than int32 counts."""
+    if rows > LARGEST:
+        raise BadInput(f"{rows} rows through the experts: at most {LARGEST} in one call")
