@@ -245,7 +245,7 @@ def load(
     opened = Package(Path(package), verify)
     target = opened.manifest["target"]
     device = device or opened.manifest["device"]
-    check_device(device, target, opened.manifest["device"])
+    check_device(device, target, opened.manifest["device"], opened.manifest["dtype"])
     checkpoint = open_checkpoint(weights, opened.manifest["checkpoint"])
     memory = "cuda" if device == "cuda" else "cpu"
     loaded = load_weights(checkpoint, opened.manifest, opened.module("weights"), progress, memory)
@@ -257,12 +257,12 @@ def load(
     raise NotAPackage(f"{package} has no entry that this moec can run")
 
 
-def check_device(device: str, target: str, built_for: str) -> None:
+def check_device(device: str, target: str, built_for: str, dtype: str) -> None:
     """Raises DeviceUnavailable where a package for ``target`` can't run on ``device`` in this process, or
     InterpreterOff where Triton's interpreter isn't on.
     """
     if device == "interpret" and built_for == "cuda":
-        require_interpreter(f"a package for {target}")
+        require_interpreter(f"a package for {target}", dtype)
     elif device != built_for:
         raise DeviceUnavailable(f"the package was built for {target} and can't run on {device!r}")
     elif device == "cuda" and not torch.cuda.is_available():

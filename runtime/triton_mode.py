@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any
 
-from moec.errors import InterpreterOff
+from moec.errors import DeviceUnavailable, InterpreterOff
 
 
 def interpreting() -> bool:
@@ -21,8 +21,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def require_interpreter(what: str) -> None:
-    """Raises InterpreterOff unless ``what`` can run in the interpreter."""
+def require_interpreter(what: str, dtype: str = "") -> None:
+    """Raises InterpreterOff unless ``what`` can be interpreted; DeviceUnavailable where it would be wrong."""
+    if dtype in ("bf16", "bfloat16"):
+        raise DeviceUnavailable(
+            f"{what} computes in bf16, which Triton's interpreter multiplies wrongly",
+            notes=["f16 and f32 are right in it: build with --dtype f16, or give tensors of these"],
+        )
     if not interpreting():
         raise InterpreterOff(
             f"{what} is to run on the CPU, in Triton's interpreter, which is off",

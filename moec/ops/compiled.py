@@ -66,6 +66,8 @@ def function(key: Key) -> Compiled:
         with _lock:
             found = _functions.get(key)
             if found is None:
+                if key.interpret:
+                    require_interpreter(f"moec.ops {key.form}", str(_dtype(key.dtype)))
                 found = _functions[key] = _build(key)
     return found
 

@@ -78,12 +78,15 @@ def test_a_second_build_compiles_nothing(
     assert again.manifest["files"] == built.manifest["files"]
 
 
-def test_without_a_gpu_and_without_the_interpreter(built: moec.Built) -> None:
+def test_without_a_gpu_and_without_the_interpreter(built: moec.Built, cache: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(DeviceUnavailable, match="needs an NVIDIA GPU"):
             moec.load(built, "random:0")
     with pytest.raises(InterpreterOff, match="TRITON_INTERPRET=1"):
         moec.load(built, "random:0", device="interpret")
+    layer = moec.build(spec("bf16"), "sm_90a", tmp_path / "bf16", options=moec.BuildOptions(cache=str(cache)))
+    with pytest.raises(DeviceUnavailable, match="bf16, which Triton's interpreter multiplies wrongly"):
+        moec.load(layer, "random:0", device="interpret")
     with pytest.raises(DeviceUnavailable, match="built for sm_90a and can't run on 'cpu'"):
         moec.load(built, "random:0", device="cpu")
 
