@@ -1,4 +1,5 @@
 # `make help` lists the targets. `make test` and `make demo` work on a fresh clone: they set up .venv first.
+# test-gpu and bench-gpu take ARGS (as ARGS=--quick), and copy what they find to the folder OUT where that is set.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -27,13 +28,13 @@ test-full: $(STAMP) $(NEXT)/.moec-test  ## every test, with more examples, then 
 	$(NEXT)/bin/python -m pytest --full
 
 test-gpu: check-gpu-python  ## the GPU tests, with the python3 on PATH and what it has installed
-	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -rs
+	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -rs $(if $(OUT),--junitxml='$(OUT)/test-gpu.xml') $(ARGS)
 
 bench: $(STAMP)  ## benchmark whole models on the CPU
 	$(PY) benchmarks/cpu_model.py
 
 bench-gpu: check-gpu-python  ## benchmark MoE layers on the GPU, with the python3 on PATH
-	PYTHONPATH=. $(PYTHON) benchmarks/moe_layer.py
+	PYTHONPATH=. $(PYTHON) benchmarks/moe_layer.py $(ARGS)
 
 lint: $(DEV)  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -40,16 +40,21 @@ else:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests marked slow as well")
     parser.addoption("--update-golden", action="store_true", help="rewrite golden files that differ")
+    parser.addoption(
+        "--gpu-self-test",
+        action="store_true",
+        help="run tests/gpu on the CPU, to test the tests",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
     not_full = pytest.mark.skip(reason="slow: runs with --full")
-    has_gpu = torch.cuda.is_available()
+    may_run = torch.cuda.is_available() or config.getoption("--gpu-self-test")
     for item in items:
         if GPU_TESTS in item.path.parents:
             item.add_marker("gpu")
-        if item.get_closest_marker("gpu") and not has_gpu:
+        if item.get_closest_marker("gpu") and not may_run:
             item.add_marker(no_gpu)
         if item.get_closest_marker("slow") and not config.getoption("--full"):
             item.add_marker(not_full)

@@ -1,0 +1,183 @@
+"""How fast are the experts of one MoE layer on a GPU, beside other people's and beside the device's roofs?
+
+From x and the router's choices to y: sort, both products, SwiGLU, combine. Every implementation gets the same
+weights and inputs. These are rotated, so that a call doesn't find in the cache what the one before it read; a
+rotation is recorded as one CUDA graph and replayed; times are medians over the replays.
+
+In the same run every implementation is compared with double precision (one that is wrong is named and left
+out), and the roofs are measured: bandwidth of a copy, FLOP/s of cuBLAS. A layer's floor is the larger of what
+its FLOPs and its bytes (chosen experts once, x, y, and what passes between the products) take at these.
+
+``make bench-gpu`` runs all of it, ``--quick`` two shapes, for a first look. ``--self-test`` runs every line
+but the graphs and events on a CPU, with tiny shapes: its times mean nothing. One JSON and one plot (where
+matplotlib is installed) go to ``benchmarks/results`` or ``--out``, and to the folder OUT of the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import report
+from gpu.peers import ADAPTERS, Adapter, first_line, installed
+from gpu.problem import DTYPES, TOLERANCE, Inputs, Weights, difference, draw_inputs, draw_weights
+from gpu.self_test import STAND_INS
+from gpu.shapes import QUICK_SHAPES, QUICK_TOKENS, SELF_TEST_SHAPES, SELF_TEST_TOKENS, SHAPES, TOKENS, Shape
+from gpu.timing import Clock, Measured, Roofs, cache_size, roofs
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class LeftOut(Exception):
+    """Why an implementation has no time for a shape."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same over all measurements."""
+
+    dtype: torch.dtype
+    clock: Clock
+    roofs: Roofs
+    cache: int
+    adapters: dict[str, Adapter]
+
+    def shape(self, shape: Shape, tokens: list[int], result: dict[str, Any]) -> None:
+        """Measures one shape at every number of tokens; ``result`` gains what was found."""
+        copies = draw_weights(shape, self.dtype, self.clock.device, self.cache)
+        for number in tokens:
+            given = draw_inputs(shape, number, self.dtype, self.clock.device, self.cache, len(copies))
+            for name, adapter in self.adapters.items():
+                about = {"shape": shape.name, "tokens": number, "implementation": name}
+                progress(f"{shape.name} M={number} {name}")
+                try:
+                    measured, error = self.one(adapter, shape, copies, given)
+                except LeftOut as reason:
+                    result["excluded"].append(about | {"reason": str(reason)})
+                else:
+                    result["results"].append(about | self.derived(shape, number, measured, error))
+                release(self.clock.device)
+
+    @torch.inference_mode()
+    def one(
+        self, adapter: Adapter, shape: Shape, copies: list[Weights], given: list[Inputs]
+    ) -> tuple[Measured, float]:
+        """Seconds of a call, and the largest error of the rotation's calls. Raises LeftOut."""
+        try:
+            experts = [adapter(weights, shape.top_k) for weights in copies]
+            calls = [lambda i=i: experts[i.copy](i.x, i.weights, i.ids) for i in given]
+            error = max(
+                difference(call(), i, copies[i.copy]) for call, i in zip(calls[:2], given[:2], strict=True)
+            )
+            if error > TOLERANCE[self.dtype]:
+                raise LeftOut(f"wrong: off by {error:.1e} of the largest element")
+            return self.clock.measure(calls), error
+        except torch.cuda.OutOfMemoryError:
+            raise LeftOut("out of memory") from None
+        except LeftOut:
+            raise
+        except Exception as problem:  # a peer's own, of whatever kind: the others go on
+            raise LeftOut(f"{type(problem).__name__}: {first_line(problem)}") from None
+
+    def derived(self, shape: Shape, tokens: int, measured: Measured, error: float) -> dict[str, Any]:
+        flops, moved = shape.flops(tokens), shape.bytes(tokens, self.dtype.itemsize)
+        floor = self.roofs.floor(flops, moved)
+        return {
+            "median_us": measured.median * 1e6,
+            "p10_us": measured.low * 1e6,
+            "p90_us": measured.high * 1e6,
+            "rounds": measured.rounds,
+            "graph": measured.graph,
+            "error": error,
+            "floor_us": floor * 1e6,
+            "of_roof": floor / measured.median,
+            "bytes_per_s": moved / measured.median,
+            "of_bandwidth": moved / measured.median / self.roofs.bandwidth,
+            "flops_per_s": flops / measured.median,
+        }
+
+
+def progress(text: str) -> None:
+    print(f"\r{text:<78}", end="", file=sys.stderr, flush=True)
+
+
+def release(device: str) -> None:
+    """Gives back what a graph's pool held."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="two shapes, five numbers of tokens")
+    parser.add_argument("--self-test", action="store_true", help="every line but the launches, on the CPU")
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="M")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(ADAPTERS)}")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--out", type=Path, help="a folder for the JSON and the plot")
+    args = parser.parse_args()
+    known = SELF_TEST_SHAPES if args.self_test else SHAPES
+    chosen = args.shapes or (QUICK_SHAPES if args.quick and not args.self_test else list(known))
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"no shape is called {', '.join(unknown)}; there is {', '.join(known)}")
+    if unknown := [name for name in args.only or () if name not in ADAPTERS]:
+        parser.error(f"nobody is called {', '.join(unknown)}; there is {', '.join(ADAPTERS)}")
+    args.shapes = [known[name] for name in chosen]
+    default = SELF_TEST_TOKENS if args.self_test else QUICK_TOKENS if args.quick else TOKENS
+    args.tokens = args.tokens or default
+    if not args.self_test and not torch.cuda.is_available():
+        sys.exit("no NVIDIA GPU is here; --self-test runs everything but the launches on the CPU")
+    return args
+
+
+def folders(args: argparse.Namespace) -> list[Path]:
+    """Where results go; a self-test's stay out of the repository."""
+    chosen = args.out or (Path(tempfile.mkdtemp(prefix="moec-bench-")) if args.self_test else RESULTS)
+    return list(dict.fromkeys([chosen, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]))
+
+
+def main() -> None:
+    args = arguments()
+    device = "cpu" if args.self_test else "cuda"
+    adapters, unavailable = installed(ADAPTERS | (STAND_INS if args.self_test else {}))
+    if args.only:
+        adapters = {name: adapters[name] for name in adapters if name in args.only}
+        unavailable = {name: unavailable[name] for name in unavailable if name in args.only}
+    clock = Clock(device, budget=0.002 if args.self_test else 0.05 if args.quick else 0.3)
+    progress("roofs")
+    found = roofs(clock, DTYPES[args.dtype])
+    run = Run(DTYPES[args.dtype], clock, found, cache_size(device), adapters)
+    result = report.header(device, args.dtype) | {
+        "roofs": asdict(found),
+        "shapes": {shape.name: asdict(shape) for shape in args.shapes},
+        "unavailable": unavailable,
+        "results": [],
+        "excluded": [],
+    }
+    where = folders(args)
+    stem = report.file_stem(device, "quick" if args.quick else "")
+    for shape in args.shapes:
+        run.shape(shape, args.tokens, result)
+        written = report.write(result, where, stem)  # after each: a run that is cut short leaves what it has
+        release(device)
+    progress("")
+    print("\r" + "\n".join(report.table(result)))
+    print(f"written to {', '.join(map(str, written))}")
+    if not any(file.suffix == ".png" for file in written):
+        print("no plot: matplotlib is not installed, or nothing was measured")
+    if any(e["implementation"] == "moec" for e in result["excluded"]):
+        sys.exit("moec failed or was wrong: see above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""benchmarks/moe_layer.py on the CPU: every line but the launches, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PEERS = ("torch grouped_mm", "transformers grouped_mm", "padding")
+
+
+def run(*options: str, out: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OUT": str(out or ""), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "benchmarks" / "moe_layer.py"), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> subprocess.CompletedProcess[str]:
+    done = run("--self-test", "--out", str(folder / "out"), out=folder / "copy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def result(finished: subprocess.CompletedProcess[str], folder: Path) -> Any:
+    return json.loads((folder / "out" / "moe_layer.self-test.json").read_text(encoding="utf-8"))
+
+
+def test_everybody_is_measured_at_every_size(result: Any) -> None:
+    measured = {(r["shape"], r["tokens"], r["implementation"]) for r in result["results"]}
+    assert measured == {
+        (shape, tokens, name)
+        for shape in ("tiny", "tiny-top6")
+        for tokens in (1, 4, 33)
+        for name in ("moec", *PEERS)
+    }
+    for one in result["results"]:
+        assert 0 < one["p10_us"] <= one["median_us"] <= one["p90_us"]
+        assert one["error"] < 3e-2 and one["floor_us"] > 0 and one["rounds"] >= 5
+
+
+def test_the_wrong_and_the_failing_are_named_and_left_out(result: Any) -> None:
+    reasons = {e["implementation"]: e["reason"] for e in result["excluded"]}
+    assert set(reasons) == {"wrong", "failing"}
+    assert reasons["wrong"].startswith("wrong: off by")
+    assert reasons["failing"] == "RuntimeError: it doesn't take this"
+    assert result["unavailable"]["missing"] == "nobody is not installed"
+
+
+def test_the_machine_is_described(result: Any) -> None:
+    assert result["self_test"] and result["device"] and result["date"] and result["dtype"] == "bf16"
+    assert {"moec", "torch", "python"} <= set(result["versions"])
+    assert result["roofs"]["bandwidth"] > 0 and result["roofs"]["flops"] > 0
+
+
+def test_a_table_ends_the_output(finished: subprocess.CompletedProcess[str]) -> None:
+    lines = finished.stdout.splitlines()
+    assert any(line.startswith("tiny-top6 ") and "grouped_mm" in line for line in lines)
+    assert "a self-test on the CPU: these times mean nothing" in lines
+    assert any(line.startswith("left out wrong: ") for line in lines)
+
+
+def test_the_files_go_to_out_as_well(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
+    plotted = find_spec("matplotlib") is not None
+    names = ["moe_layer.self-test.json", *(["moe_layer.self-test.png"] if plotted else [])]
+    for where in ("out", "copy"):
+        assert sorted(p.name for p in (folder / where).iterdir()) == names
+    assert plotted or "no plot: matplotlib is not installed" in finished.stdout
+
+
+def test_a_choice_of_shapes_tokens_and_peers(tmp_path: Path) -> None:
+    chosen = ["--shapes", "tiny", "--tokens", "2", "--only", "moec", "--dtype", "fp32", "--quick"]
+    done = run("--self-test", *chosen, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "moe_layer.self-test.quick.json").read_text(encoding="utf-8"))
+    assert [(r["shape"], r["tokens"], r["implementation"]) for r in found["results"]] == [("tiny", 2, "moec")]
+    assert found["results"][0]["error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--self-test", "--shapes", "huge"], "no shape is called huge; there is tiny, tiny-top6"),
+        (["--self-test", "--only", "me"], "nobody is called me; there is moec"),
+        ([], "no NVIDIA GPU is here; --self-test"),
+    ],
+)
+def test_what_it_refuses(options: list[str], said: str) -> None:
+    done = run(*options)
+    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,32 @@
+"""What test_sanitizer.py runs under compute-sanitizer: ``python sanitized.py cuda``. Small, and checked."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from moec.ops import fused_experts, grouped_experts
+from tests.gpu import reference
+from tests.gpu.device import Device
+from tests.moec.experts import close, layer
+
+
+def main(device: Device) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for tokens in (1, 5, 70):
+            one = device.layer(layer(tokens, k=3, experts=8, hidden=72, width=40, dtype=dtype))
+            one.ids[-1, 0] = -1
+            close(fused_experts(*one.args), reference.experts(one), dtype)
+            counts = torch.tensor([0, tokens - 1, 0, 0, 1, 0, 0, 0, 0])
+            off = counts.cumsum(0).to(device.type, torch.int32)
+            close(
+                grouped_experts(one.x, off, one.w13, one.w2),
+                reference.grouped(one, one.x, off),
+                dtype,
+            )
+
+
+if __name__ == "__main__":
+    main(Device(sys.argv[1]))
+    print("checked")
