@@ -61,7 +61,7 @@ def _ours(report: Any, config: pytest.Config) -> bool:
 
 def _device(self_test: bool) -> str:
     if self_test:
-        return "cpu (no kernel ran)"
+        return "cpu, kernels in Triton's interpreter" if Device("cpu").kernels else "cpu; no kernel ran"
     about = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability, memory = f"{about.major}.{about.minor}", about.total_memory / 2**30
     return f"{about.name}, compute capability {capability}, {memory:.0f} GiB"

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import moec
 from moec.ops.compiled import target_of
+from moec.runtime import LanguageModel, LayerModel
 from tests.moec.experts import Layer
 
 Call = Callable[[], Tensor]
@@ -33,6 +36,15 @@ class Device:
     def target(self) -> str:
         """What a package for this device is built for."""
         return target_of(torch.device(self.type))[0]
+
+    @property
+    def kernels(self) -> bool:
+        """Whether a GPU's kernels run: there, or in Triton's interpreter (MOEC_INTERPRET=1)."""
+        return self.target != "cpu"
+
+    def load(self, package: Path) -> LanguageModel | LayerModel:
+        """A package's model with random weights, here."""
+        return moec.load(package, "random:0", self.type if self.real or not self.kernels else "interpret")
 
     def layer(self, layer: Layer) -> Layer:
         """The same arguments, here."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moec.errors import Misaligned
 from moec.ops import fused_experts, grouped_experts
 from tests.gpu import reference
 from tests.gpu.device import Device
@@ -138,10 +139,18 @@ def test_out_shared_and_strides(dtype: torch.dtype, device: Device) -> None:
 
 
 @each_dtype
-def test_pointers_that_nothing_divides(dtype: torch.dtype, device: Device) -> None:
+@pytest.mark.parametrize("misplaced", ["x", "w13", "w2", "weights", "ids"])
+def test_a_pointer_that_nothing_divides(misplaced: str, dtype: torch.dtype, device: Device) -> None:
+    """Kernels that were promised a multiple of 16 bytes refuse what isn't one; nothing is read wrongly."""
     one = drawn(device, 19, dtype)
     wanted = reference.experts(one)
-    close(fused_experts(*map(_misplaced, one.args)), wanted, dtype)
+    setattr(one, misplaced, _misplaced(getattr(one, misplaced)))
+    try:
+        got = fused_experts(*one.args)
+    except Misaligned as refused:
+        assert device.kernels and misplaced in ("x", "w13", "w2"), refused
+    else:
+        close(got, wanted, dtype)
 
 
 @each_dtype

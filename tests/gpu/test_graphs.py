@@ -23,7 +23,7 @@ def compiled(device: Device, tmp_path_factory: pytest.TempPathFactory) -> LayerM
     )
     spec = models.Layer(block, hidden=HIDDEN, dtype="f16", name="moe-layer")
     built = moec.build(spec, target=device.target, out=tmp_path_factory.mktemp("package") / "layer")
-    loaded = moec.load(built, "random:0")
+    loaded = device.load(built.path)
     assert isinstance(loaded, LayerModel)
     return loaded
 

@@ -46,7 +46,8 @@ def layers(device: Device, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for dtype in TOLERANCE:
         spec = models.Layer(block, hidden=HIDDEN, dtype=dtype, name="moe-layer")
         for side, target in (("here", device.target), ("cpu", "cpu")):
-            loaded = moec.load(moec.build(spec, target=target, out=folder / dtype / side), "random:0")
+            built = moec.build(spec, target=target, out=folder / dtype / side)
+            loaded = device.load(built.path) if side == "here" else moec.load(built.path, "random:0")
             assert isinstance(loaded, LayerModel)
             made.setdefault(dtype, []).append(loaded)
     return made
@@ -61,7 +62,7 @@ def language(
     made = []
     for side, target in (("here", device.target), ("cpu", "cpu")):
         built = moec.build(request.param, target=target, out=folder / side, dtype="f32")
-        loaded = moec.load(built, "random:0")
+        loaded = device.load(built.path) if side == "here" else moec.load(built.path, "random:0")
         assert isinstance(loaded, LanguageModel)
         made.append(loaded)
     return made[0], made[1]
