@@ -165,7 +165,8 @@ def main() -> None:
         "excluded": [],
     }
     where = folders(args)
-    stem = report.file_stem(device, "quick" if args.quick else "")
+    marks = [args.dtype] * (args.dtype != "bf16") + ["quick"] * args.quick
+    stem = report.file_stem(device, *marks)
     for shape in args.shapes:
         run.shape(shape, args.tokens, result)
         written = report.write(result, where, stem)  # after each: a run that is cut short leaves what it has

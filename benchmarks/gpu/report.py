@@ -52,12 +52,10 @@ def header(device: str, dtype: str) -> Result:
     }
 
 
-def file_stem(device: str, mode: str) -> str:
-    """``moe_layer.nvidia-h100-80gb-hbm3``, and ``.quick`` behind it for a quick run."""
-    name = (
-        "self-test" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    )
-    return f"moe_layer.{name}" + (f".{mode}" if mode else "")
+def file_stem(device: str, *marks: str) -> str:
+    """``moe_layer.nvidia-h100-80gb-hbm3``, and what is unusual about the run: ``.fp16.quick``."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return ".".join(["moe_layer", "self-test" if device == "cpu" else name, *marks])
 
 
 def write(result: Result, folders: list[Path], stem: str) -> list[Path]:

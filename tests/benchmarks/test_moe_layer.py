@@ -85,7 +85,7 @@ def test_a_choice_of_shapes_tokens_and_peers(tmp_path: Path) -> None:
     chosen = ["--shapes", "tiny", "--tokens", "2", "--only", "moec", "--dtype", "fp32", "--quick"]
     done = run("--self-test", *chosen, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "moe_layer.self-test.quick.json").read_text(encoding="utf-8"))
+    found = json.loads((tmp_path / "moe_layer.self-test.fp32.quick.json").read_text(encoding="utf-8"))
     assert [(r["shape"], r["tokens"], r["implementation"]) for r in found["results"]] == [("tiny", 2, "moec")]
     assert found["results"][0]["error"] < 1e-5
 
