@@ -184,7 +184,8 @@ def plot(result: Result, file: Path) -> bool:
         frameon=False,
     )
     figure.suptitle(
-        f"The experts of one MoE layer, {result['dtype']} on {result['device']}, {result['date']}",
+        f"The experts of one MoE layer, {result['dtype']} on {result['device']}, {result['date']}"
+        + (" (a self-test: times mean nothing)" if result["self_test"] else ""),
         fontsize=10,
     )
     figure.savefig(file, dpi=140)
