@@ -17,7 +17,8 @@ PEERS = ("torch grouped_mm", "transformers grouped_mm", "padding")
 
 
 def run(*options: str, out: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OUT": str(out or ""), "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OUT": str(out or ""), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "benchmarks" / "moe_layer.py"), *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 

@@ -26,7 +26,8 @@ def sanitizer() -> str | None:
 
 def run(command: list[str], device: Device) -> subprocess.CompletedProcess[str]:
     # Without PyTorch's pool every tensor is an allocation of its own, so that its bounds are the tool's.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [*command, sys.executable, str(SCRIPT), device.type]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
 
