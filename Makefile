@@ -28,6 +28,7 @@ test-full: $(STAMP) $(NEXT)/.moec-test  ## every test, with more examples, then 
 	$(NEXT)/bin/python -m pytest --full
 
 test-gpu: check-gpu-python  ## the GPU tests, with the python3 on PATH and what it has installed
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: PyTorch finds no NVIDIA GPU here")'
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -rs $(if $(OUT),--junitxml='$(OUT)/test-gpu.xml') $(ARGS)
 
 bench: $(STAMP)  ## benchmark whole models on the CPU

@@ -83,7 +83,7 @@ class Problem:
 
 
 def space(problem: Problem, device: Device) -> list[Schedule]:
-    """Every schedule that selection may pick: no spills, within shared memory."""
+    """Every schedule that selection may pick: within shared memory, and no spills (sm_120a: a few stores)."""
     if problem.itemsize == 4:
         candidates = _fused_multiply_add()
     elif device.warpgroup_mma:

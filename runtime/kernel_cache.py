@@ -92,7 +92,10 @@ class KernelCache:
                 os.unlink(aside)
                 raise
         except OSError as error:
-            raise OutputUnwritable(f"can't write {path}: {error.strerror or error}") from None
+            raise OutputUnwritable(
+                f"can't write compiled kernels to {self.folder}: {error.strerror or error}",
+                notes=["--cache, or the variable MOEC_CACHE, names another folder"],
+            ) from None
 
 
 def default_folder() -> Path:

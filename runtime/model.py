@@ -172,7 +172,8 @@ class LanguageModel(Loaded):
 
         A tensor [B, T] gives one [B, T + N], rows that ended early filled up with their end token. A list of
         prompts of different lengths gives a list of 1-D tensors, each up to its end token. ``seed`` and a
-        prompt's place in the list decide what is drawn for it, whatever else is there. Raises BadInput.
+        prompt's place in the list decide what is drawn for it, whatever else is there. Without eos_token_id
+        nothing ends early; the manifest's ``eos`` has the model's own. Raises BadInput.
         """
         generation = self._generation(
             input_ids, max_new_tokens, temperature, top_k, top_p, seed, eos_token_id
@@ -269,6 +270,7 @@ def check_device(device: str, target: str, built_for: str, dtype: str) -> None:
         raise DeviceUnavailable(
             f"a package for {target} needs an NVIDIA GPU, and PyTorch finds none",
             notes=[
-                "device='interpret' runs it on the CPU, slowly, with TRITON_INTERPRET=1 set from the start"
+                "moec.load(..., device='interpret') runs it on the CPU, slowly, in a process started with "
+                "TRITON_INTERPRET=1"
             ],
         )

@@ -20,6 +20,7 @@ from moec.config import BuildOptions
 @click.option("-O", "opt_level", type=int, help="Optimisation level 0 to 3. Default: 2.")
 @click.option("-p", "--passes", help="This pipeline instead, as 'canonicalise,expert-grouping'.")
 @click.option("--layers", help="Only the first N layers, or layers A-B.")
+@click.option("--cache", help="Folder of compiled kernels, kept between builds. Default: ~/.cache/moec.")
 @click.option("--weights", type=click.Path(path_type=Path), help="A folder of safetensors to check now.")
 @click.option("--force", is_flag=True, help="Replace an existing package.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")

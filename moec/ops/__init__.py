@@ -68,7 +68,8 @@ def fused_experts(
                   hold these; the result is this rank's part of the sum
     out           [T, H] in x's dtype, receives the result and is returned; it may be x
 
-    Raises BadInput; DeviceUnavailable for a device that nothing is built for; InterpreterOff.
+    Raises BadInput; DeviceUnavailable for a device that nothing is built for; InterpreterOff; on a GPU
+    Misaligned, for x, shared or weights that don't start at a multiple of 16 bytes.
     """
     first = _first_expert(expert_range, w13)
     arguments = (x, w13, w2, topk_weights, topk_ids, shared, activation, limit, first)
@@ -119,6 +120,8 @@ def _first_expert(expert_range: ExpertRange | None, w13: Tensor) -> int:
             raise BadInput(f"expert_range is {expert_range}: its experts must follow each other")
         first, end = expert_range.start, expert_range.stop
     else:
+        if len(expert_range) != 2 or not all(isinstance(n, int) for n in expert_range):
+            raise BadInput(f"expert_range is {expert_range!r}: it must be (first, end) or a range")
         first, end = expert_range
     if not 0 <= first < end:
         raise BadInput(f"expert_range is ({first}, {end}): it must be (first, end) with 0 <= first < end")

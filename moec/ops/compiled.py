@@ -23,6 +23,7 @@ from moec.ir import Builder, DType, Function, Module, TensorType, Value
 from moec.ir.types import as_dim, i32, symbol
 from moec.ops.inputs import ACTIVATIONS
 from moec.runtime.devices import FAMILIES
+from moec.runtime.launch import preload
 from moec.runtime.package import Package
 from moec.runtime.triton_mode import require_interpreter
 
@@ -89,7 +90,11 @@ def _build(key: Key) -> Compiled:
         optimise(module, replace(options(), target=goal.name), aside, lambda line: None)
         compile = None if key.interpret else compiler(goal, options(), lambda line: None)
         codegen.write_package(aside, module, goal, __version__, _about(key), compile)
-    compiled: Compiled = Package(folder).module("model").forward
+    code = Package(folder).module("model")
+    if goal.device == "cuda" and not key.interpret:
+        # A later call may be one that a CUDA graph records, with other tokens: no kernel is loaded then.
+        preload(code.__name__.rpartition(".")[0], torch.cuda.current_device())
+    compiled: Compiled = code.forward
     return compiled
 
 

@@ -43,6 +43,8 @@ def check_experts(x: Tensor, w13: Tensor, w2: Tensor, contiguous: bool, name: st
     """x [*, H], w13 [E, 2·I, H] and w2 [E, H, I] of one dtype. Raises BadInput."""
     want(name, x, (None, None), "[T, H]" if name == "x" else "[R, H]", *FLOATS)
     hidden = x.shape[1]
+    if hidden < 1:
+        raise BadInput(f"{name} has no columns: {describe(x)}")
     want("w13", w13, (None, None, hidden), "[E, 2·I, H]", x.dtype)
     experts, width = w13.shape[0], w13.shape[1]
     if experts < 1 or width < 2 or width % 2:

@@ -13,7 +13,7 @@ import torch
 
 import moec
 from moec import models
-from moec.errors import DeviceUnavailable, InterpreterOff
+from moec.errors import DeviceUnavailable, InterpreterOff, OutputUnwritable
 from moec.runtime.compile import compile_many
 
 ROOT = Path(__file__).parents[2]
@@ -128,3 +128,11 @@ def test_the_interpreter_gives_what_the_cpu_gives(built: moec.Built, cache: Path
     on_cpu = moec.load(moec.build(checkpoint, "cpu", tmp_path / "text_cpu", dtype="f32"), checkpoint)
     assert isinstance(on_cpu, moec.LanguageModel)
     assert found["text"] == on_cpu.generate([list(b"The for")], 6)[0].tolist()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = moec.BuildOptions(cache=str(tmp_path / "file"))
+    with pytest.raises(OutputUnwritable, match=r"compiled kernels(.|\n)*MOEC_CACHE"):
+        moec.build(spec("f16"), "sm_80", tmp_path / "x", options=options)
+    assert not (tmp_path / "x").exists()

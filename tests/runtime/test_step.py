@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moec
+from moec import models
 from moec.errors import BadInput
 from moec.runtime import Batch, KVCache, LanguageModel
 from moec.runtime.batch import next_batch
@@ -192,3 +195,17 @@ def test_a_batch_for_another_cache(model: LanguageModel) -> None:
 
 def test_the_package_s_tensors_carry_no_gradient(model: LanguageModel) -> None:
     assert not model(torch.tensor([[1]])).requires_grad
+
+
+def test_a_single_token_whose_rotary_part_starts_at_an_odd_place(tmp_path: Path) -> None:
+    """kv_lora_rank 7: the shared key is elements 7 to 10 of its row."""
+    attention = models.MLA(
+        heads=2, qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=5, kv_lora_rank=7, q_lora_rank=None
+    )
+    layer = models.Decoder(attn=attention, mlp=models.SwiGLU(intermediate=8))
+    spec = models.Model(vocab=11, hidden=8, layers=[layer], dtype="f32")
+    loaded = moec.load(moec.build(spec, out=tmp_path / "x"), "random:0")
+    assert isinstance(loaded, LanguageModel)
+    whole = loaded(torch.tensor([[5, 3, 1]]))
+    torch.testing.assert_close(loaded(torch.tensor([[5]]))[:, 0], whole[:, 0], rtol=1e-5, atol=1e-6)
+    assert loaded.generate(torch.tensor([[5]]), 3).shape == (1, 4)
