@@ -35,7 +35,7 @@ MISTAKES = [
     ("rope_table", "angle.cos() * 0.9634746568860826", "angle.cos()"),
     ("linear", "F.pad(x, (0, 0)", "F.pad(x.flip(0), (0, 0)"),
     ("swiglu", "F.silu(gate).mul_(up)", "F.silu(up).mul_(gate)"),
-    ("sort_by_expert", "return slot, ", "return slot.flip(0), "),
+    ("sort_by_expert", "return slot.to(", "return slot.flip(0).to("),
     ("grouped_linear", "w[expert])", "w[expert - 1])"),
     ("combine", "by_slot[slot] = rows", "by_slot = rows.clone()"),
     ("combine", "torch.baddbmm(plus.unsqueeze(1), w, by_slot)", "torch.bmm(w, by_slot)"),
