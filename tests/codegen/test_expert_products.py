@@ -80,3 +80,24 @@ def test_combine(placed: bool, plus: bool, tokens: int, dtype: torch.dtype) -> N
     rows, w = randn(dtype, tokens * K, 5), randn(torch.float32, tokens, K)
     slot = None if placed else sort(ID[:tokens])[0]
     check("combine", rows, slot, w, randn(dtype, tokens, 5) if plus else None)
+
+
+def test_slots_are_what_the_ir_says_that_kernels_of_another_kind_read() -> None:
+    """PyTorch sorts to int64; a Triton kernel beside it takes pointers to int32."""
+    function = Function("f")
+    id = function.add_argument("id", TensorType(DType.of("i32"), (4, K)))
+    op = function.create(op_class("sort_by_expert")([id], {"experts": EXPERTS}))
+    record = select(op, "cpu")
+    assert isinstance(record, Templated)
+    scope: dict[str, Any] = {"torch": torch}
+    exec(render_python(record.template, name="kernel", **record.constants(op)), scope)
+    for found, result in zip(scope["kernel"](ID), op.results, strict=True):
+        assert isinstance(result.type, TensorType) and found.dtype == result.type.dtype.torch
+
+
+def test_a_product_over_no_columns() -> None:
+    """oneDNN has none; PyTorch's is zeros."""
+    scope: dict[str, Any] = {"torch": torch, "F": torch.nn.functional}
+    exec(render_python("python/kernels/linear.py.jinja", name="linear"), scope)
+    assert torch.equal(scope["linear"](torch.zeros(9, 0), torch.zeros(4, 0)), torch.zeros(9, 4))
+    assert scope["linear"](torch.zeros(0, 3), torch.zeros(4, 3)).shape == (0, 4)

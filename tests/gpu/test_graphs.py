@@ -49,6 +49,14 @@ def test_an_operator_is_replayed_with_other_inputs(tokens: int, device: Device) 
         assert torch.equal(replay(), fused_experts(*other.args))
 
 
+def test_an_operator_called_for_one_token_is_recorded_for_many(device: Device) -> None:
+    """Few and many tokens take different kernels: the first call has loaded them all."""
+    fused_experts(*drawn(device, 1, seed=0).args)
+    held = drawn(device, 1024, seed=1)
+    replay = device.record(lambda: fused_experts(*held.args), warm=False)
+    assert torch.equal(replay(), fused_experts(*held.args))
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 130])
 def test_a_package_is_recorded_once_it_is_loaded(tokens: int, device: Device, compiled: LayerModel) -> None:
     compiled(x_of(device, 7, seed=9))  # for cuBLAS, which sets itself up at its first product

@@ -126,6 +126,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"limit": math.nan}, "limit is nan"),
     ({"expert_range": (0, 3)}, r"means 3 experts, but w13 is float32 \[4, 12, 8\]"),
     ({"expert_range": (3, 3)}, "must be"),
+    ({"expert_range": (0, 3, 4)}, r"must be \(first, end\) or a range"),
+    ({"expert_range": (0.0, 4.0)}, r"must be \(first, end\) or a range"),
     ({"expert_range": (-1, 3)}, "must be"),
     ({"expert_range": range(0, 8, 2)}, "must follow each other"),
     ({"w2": lambda w: w.to("meta")}, "x is on cpu, but w2 on meta"),
