@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from moec.codegen.devices import Device
+from moec.ir.devices import GPU
 
 Form = Literal["rows", "swapped"]
 # fp32 sums a thread may hold: with more, addresses and operands no longer fit into 255 registers.
@@ -62,7 +62,7 @@ class Problem:
         """Rows start at multiples of 16 bytes: what descriptors and 16-byte copies need."""
         return self.depth * self.itemsize % 16 == 0
 
-    def descriptors(self, device: Device) -> bool:
+    def descriptors(self, device: GPU) -> bool:
         """Whether the weights are read by tensor descriptor."""
         return device.tma and self.whole_rows
 
@@ -82,7 +82,7 @@ class Problem:
         return 255 if self.itemsize == 4 else min(255, 32 + self.sums(s) * 5 // 4)
 
 
-def space(problem: Problem, device: Device) -> list[Schedule]:
+def space(problem: Problem, device: GPU) -> list[Schedule]:
     """Every schedule that selection may pick: within shared memory, and no spills (sm_120a: a few stores)."""
     if problem.itemsize == 4:
         candidates = _fused_multiply_add()
@@ -93,7 +93,7 @@ def space(problem: Problem, device: Device) -> list[Schedule]:
     return [s for s in candidates if not reasons_against(s, problem, device)]
 
 
-def reasons_against(s: Schedule, problem: Problem, device: Device) -> list[str]:
+def reasons_against(s: Schedule, problem: Problem, device: GPU) -> list[str]:
     """Why ``s`` is not for ``problem`` on ``device``; none means that it is."""
     reasons = []
     if (smem := problem.shared_memory(s)) > device.smem_per_block:
@@ -112,7 +112,7 @@ def reasons_against(s: Schedule, problem: Problem, device: Device) -> list[str]:
     return reasons
 
 
-def _most_sums(s: Schedule, problem: Problem, device: Device) -> int:
+def _most_sums(s: Schedule, problem: Problem, device: GPU) -> int:
     if problem.itemsize == 4:
         return 32  # products by multiply-add keep many operands in registers
     if not device.warpgroup_mma:

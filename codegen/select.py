@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moec.codegen.devices import Device
 from moec.codegen.schedules import Problem, Schedule, space
+from moec.ir.devices import GPU
 
 # Model constants: assumptions, none of them fitted to a shape.
 LATENCY = 1e-6  # s, from asking DRAM under load to having the bytes
@@ -55,7 +55,7 @@ def row_tiles(rows: float, block: int) -> float:
     return tiles
 
 
-def terms(schedule: Schedule, problem: Problem, device: Device, rows: float) -> dict[str, float]:
+def terms(schedule: Schedule, problem: Problem, device: GPU, rows: float) -> dict[str, float]:
     """Seconds by term for ``rows`` rows an expert on average.
 
     ``weights`` and ``activations``: their bytes through DRAM.
@@ -102,7 +102,7 @@ def terms(schedule: Schedule, problem: Problem, device: Device, rows: float) -> 
     }
 
 
-def programs_per_sm(schedule: Schedule, problem: Problem, device: Device) -> int:
+def programs_per_sm(schedule: Schedule, problem: Problem, device: GPU) -> int:
     """Programs that an SM holds at once. 1 KiB of shared memory is the system's in each."""
     threads = 32 * schedule.warps
     return max(
@@ -115,7 +115,7 @@ def programs_per_sm(schedule: Schedule, problem: Problem, device: Device) -> int
     )
 
 
-def issue_rate(schedule: Schedule, problem: Problem, device: Device) -> float:
+def issue_rate(schedule: Schedule, problem: Problem, device: GPU) -> float:
     """The share of the matrix unit's rate that the tile's shape lets through.
 
     A warpgroup's instruction takes 64 rows of M by N by 16 and reads both operands from shared memory, 128
@@ -131,18 +131,18 @@ def issue_rate(schedule: Schedule, problem: Problem, device: Device) -> float:
     return min(1.0, 2 * m * n / (m + n) / 64)
 
 
-def explain(problem: Problem, device: Device, rows: float) -> list[Choice]:
+def explain(problem: Problem, device: GPU, rows: float) -> list[Choice]:
     """All schedules of the space, the fastest first; of equal ones the deepest pipeline."""
     choices = [Choice(s, terms(s, problem, device, rows)) for s in space(problem, device)]
     return sorted(choices, key=lambda c: (c.seconds, -c.schedule.stages, str(c.schedule)))
 
 
-def choose(problem: Problem, device: Device, rows: float) -> Choice:
+def choose(problem: Problem, device: GPU, rows: float) -> Choice:
     """The schedule that the model takes to be fastest for ``rows`` rows an expert on average."""
     return explain(problem, device, rows)[0]
 
 
-def ladder(problem: Problem, device: Device) -> list[tuple[float, Schedule]]:
+def ladder(problem: Problem, device: GPU) -> list[tuple[float, Schedule]]:
     """(rows an expert, schedule), ascending: below the first number the first schedule, and so on up to inf.
 
     What the host picks a variant by, from R / E. Of all ways to give each of ROWS a schedule, the one that

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.codegen.devices import DEVICES
 from moec.errors import UnknownTarget, nearest
+from moec.ir.devices import GPUS
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ TARGETS = {
     t.name: t
     for t in [
         Target("cpu", "cpu", "PyTorch on the CPU, experts as contiguous segments"),
-        *(Target(d.name, "cuda", f"Triton, scheduled for the {d.stands_for}") for d in DEVICES.values()),
+        *(Target(d.name, "cuda", f"Triton, scheduled for the {d.stands_for}") for d in GPUS.values()),
     ]
 }
 

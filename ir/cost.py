@@ -1,7 +1,8 @@
-"""FLOPs and compulsory bytes of ops, bodies and whole functions."""
+"""FLOPs, compulsory bytes and launches of ops, bodies and whole functions."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -16,7 +17,7 @@ from moec.ir.types import TensorType, symbol
 def op_cost(op: Op, module: Module | None = None) -> Cost:
     """The cost of an op; a loop costs its body, once for each number of its range."""
     if not isinstance(op, Loop):
-        return op.cost()
+        return replace(op.cost(), launches=op.launches)
     if module is None or op.callee not in module:
         return Cost()
     body = module[op.callee]

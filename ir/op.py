@@ -12,6 +12,7 @@
         @staticmethod
         def reference(x, w, *, eps): ...      # plain PyTorch, the judge of every kernel and rewrite
         def cost(self): ...                   # FLOPs and compulsory bytes
+        launches = 1                          # 0 for a view
 
 Printing, parsing, the builder's method, the documentation row and the property tests follow from the
 declaration.
@@ -34,19 +35,21 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs, and the bytes that must move even with perfect reuse. Ints or sympy expressions."""
+    """FLOPs, the bytes that must move even with perfect reuse, and launches. Ints or sympy expressions."""
 
     flops: Any = 0
     bytes: Any = 0
+    launches: Any = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.launches + other.launches)
 
     def __mul__(self, times: Any) -> Cost:
-        return Cost(self.flops * times, self.bytes * times)
+        return Cost(self.flops * times, self.bytes * times, self.launches * times)
 
     def at(self, values: Mapping[Any, Any]) -> Cost:
-        return Cost(sympy.sympify(self.flops).subs(values), sympy.sympify(self.bytes).subs(values))
+        flops, moved = sympy.sympify(self.flops).subs(values), sympy.sympify(self.bytes).subs(values)
+        return Cost(flops, moved, self.launches)
 
 
 class operand:
@@ -156,6 +159,10 @@ class Op:
     # What an op does beside computing its results. Ops with effects are never removed or merged;
     # state (caches, randomness) is not listed here: it is threaded as values.
     effects: ClassVar[frozenset[str]] = frozenset()
+    # Kernels it takes at least: none for a view or what only the host looks at.
+    launches: ClassVar[int] = 1
+    # Its FLOPs are products of operands of the first one's dtype; all else is arithmetic in fp32.
+    products: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: str | None = None, effects: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -227,7 +234,9 @@ class Op:
         raise NotImplementedError
 
     def cost(self) -> Cost:
-        """By default no FLOPs, and each operand and result moved once."""
+        """FLOPs and bytes (``moec.ir.cost.op_cost`` adds the launches). By default none, and each operand and
+        result moved once.
+        """
         return Cost(0, self.moved_bytes())
 
     # What they use.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moec.codegen.devices import DEVICES, Device
 from moec.codegen.render import identifier, render_python
+from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op, Value
 from moec.ir.types import DType, TensorType
 
@@ -27,10 +27,10 @@ class TritonKernel:
 
     op: str
     template: str
-    constants: Callable[[Op, Device], dict[str, Any]]
+    constants: Callable[[Op, GPU], dict[str, Any]]
     reasons: Callable[[Op], list[str]]
     helpers: tuple[str, ...] = ()
-    targets: tuple[str, ...] = tuple(DEVICES)
+    targets: tuple[str, ...] = tuple(GPUS)
     in_place: int | None = None
 
     def supports(self, op: Op) -> list[str]:
@@ -39,12 +39,12 @@ class TritonKernel:
 
     def key(self, op: Op, target: str) -> str:
         """Equal for ops that can share one kernel function."""
-        constants = self.constants(op, DEVICES[target])
+        constants = self.constants(op, GPUS[target])
         return f"{self.template} {sorted(constants.items(), key=lambda c: c[0])}"
 
     def render(self, op: Op, name: str, target: str) -> str:
         """The part that defines the Python function ``name``."""
-        return render_python(self.template, name=name, **self.constants(op, DEVICES[target]))
+        return render_python(self.template, name=name, **self.constants(op, GPUS[target]))
 
 
 def kernel_file(kernel: TritonKernel, parts: list[str], target: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moec.codegen.devices import Device
 from moec.codegen.kernels import register
 from moec.codegen.kernels.triton import (
     TRITON_TYPES,
@@ -18,6 +17,7 @@ from moec.codegen.kernels.triton import (
 )
 from moec.codegen.schedules import Problem, Schedule
 from moec.codegen.select import ladder
+from moec.ir.devices import GPU
 from moec.ir.op import Op
 
 
@@ -75,12 +75,12 @@ def reasons(op: Op) -> list[str]:
     return found
 
 
-def constants(op: Op, device: Device) -> dict[str, Any]:
+def constants(op: Op, device: GPU) -> dict[str, Any]:
     """The template's constants, with the variants that selection picks for ``device``."""
     return constants_of(op, device, ladder(problem(op), device))
 
 
-def constants_of(op: Op, device: Device, rungs: list[tuple[float, Schedule]]) -> dict[str, Any]:
+def constants_of(op: Op, device: GPU, rungs: list[tuple[float, Schedule]]) -> dict[str, Any]:
     """The template's constants for a ladder of schedules: (rows an expert below which, schedule)."""
     schedules = sorted({s for _, s in rungs}, key=str)
     forms = [
@@ -91,7 +91,7 @@ def constants_of(op: Op, device: Device, rungs: list[tuple[float, Schedule]]) ->
     return {"t": forms[0].flags, "forms": forms, "ladder": shown, "device": device}
 
 
-def _form(op: Op, device: Device, form: str, schedules: tuple[Schedule, ...]) -> FormOfKernel:
+def _form(op: Op, device: GPU, form: str, schedules: tuple[Schedule, ...]) -> FormOfKernel:
     p = problem(op)
     gather = p.gathered
     slot = op.operands[2 if gather else 3]

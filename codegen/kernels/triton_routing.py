@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.codegen.devices import Device
 from moec.codegen.kernels import register
 from moec.codegen.kernels.triton import (
     TritonKernel,
@@ -14,13 +13,14 @@ from moec.codegen.kernels.triton import (
     signature_lines,
     tensor,
 )
+from moec.ir.devices import GPU
 from moec.ir.op import Op
 
 # Beyond, a chunk's counts no longer fit into a program's registers.
 MOST_EXPERTS = 2047
 
 
-def _sort(op: Op, device: Device) -> dict[str, Any]:
+def _sort(op: Op, device: GPU) -> dict[str, Any]:
     experts = op.attrs["experts"]
     # One bin an expert, one for ids that are none; a power of two, as Triton's ranges are.
     return {
@@ -35,7 +35,7 @@ def _sort_reasons(op: Op) -> list[str]:
     return [f"{experts} experts, more than {MOST_EXPERTS}"] if experts > MOST_EXPERTS else []
 
 
-def _combine(op: Op, device: Device) -> dict[str, Any]:
+def _combine(op: Op, device: GPU) -> dict[str, Any]:
     rows, slot, w, plus = op.operands
     y = tensor(op.results[0])
     width = y.shape[1]

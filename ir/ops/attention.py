@@ -98,6 +98,7 @@ class Attention(Op, name="attention"):
     equal groups.
     """
 
+    products = True
     q = operand("[N, heads, D]")
     k = operand("[S, kv_heads, D]")
     v = operand("[S, kv_heads, V]")

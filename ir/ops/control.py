@@ -11,6 +11,7 @@ from moec.ir.op import Op, attr, operand
 class Return(Op, name="return"):
     """Ends a function and says what it returns."""
 
+    launches = 0
     values = operand("any", variadic=True)
 
     def infer(self) -> Any:
@@ -26,6 +27,7 @@ class Loop(Op):
     the body; a loop has no reference of its own.
     """
 
+    launches = 0  # its own: the body has its own
     range_name = ""
     values = operand("carried values, then invariants", variadic=True)
     callee = attr(STR, doc="the body, a function")

@@ -21,6 +21,7 @@ class LatentAttention(Op, name="latent_attention"):
         absorbed   s = scale · ((q_nope·W_UK)·c + q_pe·k_pe); o = W_UV·(softmax(s)·c): c is never expanded
     """
 
+    products = True
     q = operand("[N, heads, P+R]: each head's q_nope, then its q_pe")
     latent = operand("[S, C+R]: c, then k_pe")
     w = operand("[heads·(P+V), C]")

@@ -17,6 +17,7 @@ class Linear(Op, name="linear"):
     ``acc`` keeps the result in a wider dtype than x: DeepSeek's router logits are fp32.
     """
 
+    products = True
     x = operand("[..., K]")
     w = operand("[N, K]")
     bias = operand("[N]", optional=True)

@@ -203,6 +203,7 @@ class ScatterAdd(Op, name="scatter_add"):
 class ExpertProduct(Op):
     """Expert e owns rows off[e]:off[e+1]; what no expert owns comes out as zeros."""
 
+    products = True
     x: Any
     w: Any
     off: Any

@@ -26,6 +26,7 @@ def _resized(x: TensorType, axis: int, size: Dim) -> TensorType:
 class Reshape(Op, name="reshape"):
     """The same elements in another shape, row-major."""
 
+    launches = 0
     x = operand("[...]")
     shape = attr(DIMS)
     y = result("shape")
@@ -49,6 +50,7 @@ class Reshape(Op, name="reshape"):
 class Split(Op, name="split"):
     """Consecutive parts of one axis."""
 
+    launches = 0
     x = operand("[..., sum(sizes), ...]")
     sizes = attr(INTS, doc="of the parts; they add up to the axis")
     axis = attr(INT, -1)
@@ -103,6 +105,7 @@ class Concat(Op, name="concat"):
 class Broadcast(Op, name="broadcast"):
     """A new axis along which x repeats: one rotary key for all heads."""
 
+    launches = 0
     x = operand("[...]")
     axis = attr(INT, doc="where the new axis stands in the result")
     size = attr(INT, doc="its size")

@@ -60,6 +60,7 @@ class Dequant(Op, name="dequant"):
 class Bind(Op, name="bind", effects=("weights",)):
     """x becomes one of the model's parameters."""
 
+    launches = 0
     x = operand("[...]")
     param = attr(STR, doc="the parameter's name, within the scope that the function runs in")
 

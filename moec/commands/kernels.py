@@ -34,15 +34,15 @@ def explained(spec: str, target: str, tokens: list[int]) -> Rows:
     Raises BadOption where the target has no schedules.
     """
     from moec import codegen, models, passes
-    from moec.codegen.devices import DEVICES
     from moec.codegen.kernels import select
     from moec.codegen.kernels.triton import TritonKernel
     from moec.codegen.kernels.triton_grouped import problem
     from moec.codegen.select import choose
+    from moec.ir.devices import GPUS
 
     goal = codegen.target(target)
-    if goal.name not in DEVICES:
-        raise BadOption(f"{target} has one way to run a kernel; --explain is for {', '.join(DEVICES)}")
+    if goal.name not in GPUS:
+        raise BadOption(f"{target} has one way to run a kernel; --explain is for {', '.join(GPUS)}")
     module = models.lower(models.resolve(spec))
     passes.PassManager(passes.pipeline(target=goal.name)).run(module)
     found: dict[Any, str] = {}  # each product once, by the shape that its schedule depends on
@@ -58,7 +58,7 @@ def explained(spec: str, target: str, tokens: list[int]) -> Rows:
     rows = []
     for shape, name in found.items():
         for count in tokens:
-            choice = choose(shape, DEVICES[goal.name], count * per_token[shape] / shape.experts)
+            choice = choose(shape, GPUS[goal.name], count * per_token[shape] / shape.experts)
             terms = ", ".join(f"{term} {seconds * 1e6:.1f}" for term, seconds in choice.terms.items())
             size = f"{shape.experts} × [{shape.matrices * shape.columns}, {shape.depth}] {shape.dtype}"
             rows.append([name, size, count, str(choice.schedule), f"{choice.seconds * 1e6:.1f}", terms])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from moec.codegen.devices import DEVICES
 from moec.codegen.kernels.triton_grouped import problem
 from moec.codegen.schedules import Problem, Schedule, space
+from moec.ir.devices import GPUS
 from moec.ir.op import Op
 from moec.runtime.compile import compile_many
 from moec.runtime.kernel_cache import Cubin
@@ -53,7 +53,7 @@ def test_generated_files_read_as_before(name: str, golden: Callable[[str, str], 
     golden(f"v3_{name}.py.txt", source(V3[name]("bf16")))
 
 
-@pytest.mark.parametrize("target", DEVICES)
+@pytest.mark.parametrize("target", GPUS)
 def test_every_op_renders_for_every_target(target: str) -> None:
     """render_python parses what it renders; beyond that, lines have a length and nothing trails."""
     ops = [make("bf16") for make in (V3 | HARD).values()]
@@ -103,7 +103,7 @@ def compiled(
 
 
 def check_hopper(op: Op, schedules: list[Schedule] | None, folder: Path) -> None:
-    limit, most = DEVICES["sm_90a"].smem_per_block, estimates(problem(op))
+    limit, most = GPUS["sm_90a"].smem_per_block, estimates(problem(op))
     for name, cubin in compiled(op, schedules, folder):
         facts = cubin.facts
         assert facts.spills == 0, f"{name} spills"
@@ -115,7 +115,7 @@ def check_hopper(op: Op, schedules: list[Schedule] | None, folder: Path) -> None
 
 def estimates(p: Problem) -> dict[str, int]:
     """The shared memory that a tile is taken to need."""
-    return {s.tile: p.shared_memory(s) for s in space(p, DEVICES["sm_90a"])}
+    return {s.tile: p.shared_memory(s) for s in space(p, GPUS["sm_90a"])}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -129,7 +129,7 @@ def test_hard_shapes_on_hopper(name: str, tmp_path: Path) -> None:
     """Of each form the schedule with the most sums, which is the first to spill."""
     op = HARD[name]("bf16")
     p = problem(op)
-    schedules = space(p, DEVICES["sm_90a"])
+    schedules = space(p, GPUS["sm_90a"])
     most_sums_last = sorted(schedules, key=lambda s: (p.sums(s), s.block_m))
     worst = {s.form: s for s in most_sums_last}
     check_hopper(op, list(worst.values()), tmp_path)
@@ -140,7 +140,7 @@ def test_hard_shapes_on_hopper(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gather_grouped_linear", "grouped_linear", *HARD])
 def test_whole_space_on_hopper(name: str, dtype: str, tmp_path: Path) -> None:
     op = (V3 | HARD)[name](dtype)
-    check_hopper(op, space(problem(op), DEVICES["sm_90a"]), tmp_path)
+    check_hopper(op, space(problem(op), GPUS["sm_90a"]), tmp_path)
 
 
 def test_sort_and_combine_on_hopper(tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_fp32_on_hopper(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", V3)
-@pytest.mark.parametrize("target", [t for t in DEVICES if t != "sm_90a"])
+@pytest.mark.parametrize("target", [t for t in GPUS if t != "sm_90a"])
 def test_other_targets_compile(target: str, name: str, tmp_path: Path) -> None:
-    limit = DEVICES[target].smem_per_block
+    limit = GPUS[target].smem_per_block
     for variant, cubin in compiled(V3[name]("bf16"), None, tmp_path, target):
         assert cubin.facts.shared_dynamic <= limit, variant

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.codegen.devices import DEVICES
 from moec.codegen.schedules import Problem, Schedule, reasons_against, space
 from moec.codegen.select import choose, explain, ladder, row_tiles, terms
 from moec.codegen.targets import TARGETS
+from moec.ir.devices import GPUS
 
-H100 = DEVICES["sm_90a"]
+H100 = GPUS["sm_90a"]
 V3_UP = Problem(256, 2048, 7168, "bf16", 2, matrices=2, gathered=True)
 V3_DOWN = Problem(256, 7168, 2048, "bf16", 2)
 
@@ -35,13 +35,13 @@ PROBLEMS = st.builds(
 
 
 def test_gpu_targets_have_devices() -> None:
-    assert {t for t in TARGETS if t.startswith("sm_")} <= DEVICES.keys()
+    assert {t for t in TARGETS if t.startswith("sm_")} <= GPUS.keys()
 
 
-@given(PROBLEMS, st.sampled_from(list(DEVICES)))
+@given(PROBLEMS, st.sampled_from(list(GPUS)))
 def test_every_shape_has_a_ladder(problem: Problem, target: str) -> None:
     """Ascending, ending with any number of rows, and only of schedules that may be picked."""
-    device = DEVICES[target]
+    device = GPUS[target]
     allowed = space(problem, device)
     rungs = ladder(problem, device)
     bounds = [below for below, _ in rungs]
@@ -51,9 +51,9 @@ def test_every_shape_has_a_ladder(problem: Problem, target: str) -> None:
     assert len({s for _, s in rungs}) <= 8  # each is compiled
 
 
-@given(PROBLEMS, st.sampled_from(list(DEVICES)), st.floats(0.01, 5000))
+@given(PROBLEMS, st.sampled_from(list(GPUS)), st.floats(0.01, 5000))
 def test_terms_are_seconds(problem: Problem, target: str, rows: float) -> None:
-    device = DEVICES[target]
+    device = GPUS[target]
     for choice in explain(problem, device, rows):
         assert all(t >= 0 and math.isfinite(t) for t in choice.terms.values()), choice
         # No schedule beats moving the active weights once.
@@ -91,9 +91,9 @@ def test_shared_memory_is_enforced() -> None:
     """What fits one device is refused on another, with the reason."""
     big = Schedule("rows", 128, 128, 64, 8, 4)
     assert not reasons_against(big, V3_UP, H100)
-    assert any("bytes of shared memory" in r for r in reasons_against(big, V3_UP, DEVICES["sm_89"]))
+    assert any("bytes of shared memory" in r for r in reasons_against(big, V3_UP, GPUS["sm_89"]))
     assert any("bytes of shared memory" in r for r in reasons_against(replace(big, stages=5), V3_UP, H100))
-    for device in DEVICES.values():
+    for device in GPUS.values():
         assert all(V3_UP.shared_memory(s) <= device.smem_per_block for s in space(V3_UP, device))
 
 
@@ -108,7 +108,7 @@ def test_slow_or_spilling_schedules_are_refused() -> None:
     pieces = replace(V3_DOWN, depth=2050)
     assert "16 bytes" in reasons("rows", 128, 128, 64, 8, 3, problem=pieces)
     swapped = Schedule("swapped", 16, 64, 64, 4, 4)
-    assert reasons_against(swapped, V3_DOWN, DEVICES["sm_80"])
+    assert reasons_against(swapped, V3_DOWN, GPUS["sm_80"])
 
 
 def test_terms_name_what_bounds() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from moec.codegen.devices import DEVICES
 from moec.codegen.kernels import KERNELS
 from moec.codegen.kernels.triton import TritonKernel, kernel_file
 from moec.codegen.kernels.triton_grouped import constants_of
 from moec.codegen.render import render_python
 from moec.codegen.schedules import Schedule
+from moec.ir.devices import GPUS
 from moec.ir.op import Op
 from moec.ir.text import parse_module
 
@@ -76,7 +76,7 @@ def source(op: Op, target: str = "sm_90a", schedules: list[Schedule] | None = No
     if schedules is None:
         return kernel_file(kernel, [kernel.render(op, op.name, target)], target)
     rungs = [(float(i + 1), s) for i, s in enumerate(schedules[:-1])] + [(math.inf, schedules[-1])]
-    constants = constants_of(op, DEVICES[target], rungs)
+    constants = constants_of(op, GPUS[target], rungs)
     return kernel_file(kernel, [render_python(kernel.template, name=op.name, **constants)], target)
 
 

@@ -256,6 +256,22 @@ def test_a_loop_costs_its_body_with_the_rows_shared_equally() -> None:
     assert at(function_cost(module["step"], module), T=32)[1] > 0
 
 
+def test_views_launch_nothing_and_loops_multiply() -> None:
+    module = parse_module(LOOPS)
+    # slots, gathered rows, product, sum; eight experts; with the norm and the zeros.
+    assert op_cost(module["layer"].named("y").op, module).launches == 8 * 4  # type: ignore[attr-defined]
+    assert function_cost(module["layer"], module).launches == 2 + 32
+    assert function_cost(module["step"], module).launches == 5 * 34 + 1
+    for view in (
+        "%y = reshape(%a) {shape=[4*N]} : bf16[4*N]",
+        "%y = broadcast(%a) {axis=0, size=9} : bf16[9,N,4]",
+        "%y, %z = split(%a) {sizes=[1,3]} : bf16[N,1], bf16[N,3]",
+    ):
+        assert op_cost(line(view, "%a: bf16[N,4]")).launches == 0
+    assert op_cost(line("%y = concat(%a, %a) : bf16[N,8]", "%a: bf16[N,4]")).launches == 1
+    assert op_cost(line("%y = concat(%a, %a) : bf16[N,8]", "%a: bf16[N,4]")).at({N: 3}).launches == 1
+
+
 def test_parameters_that_loops_share_count_once() -> None:
     module = parse_module(LOOPS)
     assert parameters(module, "expert") == 16
