@@ -141,7 +141,7 @@ GPUS = {
 }
 
 # No CPU in particular, and nothing measured: eight cores that do 32 FLOP a cycle (two AVX2 multiply-adds of
-# eight f32) at 3 GHz, on 50 GB/s of memory; 16-bit products at the rate of f32 ones; 2 µs to call an operator.
+# eight f32) at 3 GHz, on 50 GB/s of memory; 16-bit products at the rate of f32 ones; 2 µs a call.
 CPU = Device(
     name="cpu",
     stands_for="8 AVX2 cores at 3 GHz (assumed)",
