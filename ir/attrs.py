@@ -78,6 +78,10 @@ def _items(text: str) -> list[str]:
     return [item.strip() for item in text[1:-1].split(",")] if text[1:-1].strip() else []
 
 
+def _print_number(value: int | None) -> str:
+    return "_" if value is None else str(value)
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -125,6 +129,13 @@ BLOCK = Kind(
     lambda v: "x".join(map(str, v)),
     lambda t: tuple(map(int, t.split("x"))),
     "`128x128`",
+)
+NUMBERS = Kind(
+    "numbers",
+    lambda v: isinstance(v, tuple) and len(v) > 0 and all(n is None or (_is_int(n) and n >= 0) for n in v),
+    lambda v: _print_number(v[0]) if len(v) == 1 else f"[{','.join(map(_print_number, v))}]",
+    lambda t: tuple(None if n == "_" else int(n) for n in (_items(t) if t[:1] == "[" else [t])),
+    "`3`, `[3,_,4]`: one for each result, `_` for none",
 )
 
 

@@ -259,7 +259,7 @@ class Function:
             values[param] = new.param(name, param.type)
         for op in self.ops:
             copy = type(op)([None if v is None else values[v] for v in op.operands], op.attrs, op.loc)
-            copy.origin = op.origin
+            copy.take_notes(op)
             new.create(copy, [r.name for r in op.results])
             values.update(zip(op.results, copy.results, strict=True))
         if self.terminator is not None:

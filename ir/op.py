@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import sympy
 
 from moec.errors import AttributeMismatch, SourceLoc, TypeMismatch, UnknownOp, nearest
-from moec.ir.attrs import Kind
+from moec.ir.attrs import NUMBERS, STR, Kind
 from moec.ir.types import IndexType, TensorType, Type, i32, i64
 
 _MISSING = object()
@@ -85,6 +85,15 @@ class attr:
 
     def __get__(self, op: Any, owner: type | None = None) -> Any:
         return self if op is None else op.attrs[self.name]
+
+
+# What any op may carry beside its own attributes: how it runs and where its results lie, never what it
+# computes. Printed and parsed like attributes; patterns, equality of ops and the interpreter don't see them.
+ANNOTATIONS = {
+    "kernel": attr(STR, None, doc="the kernel record that emits it"),
+    "schedule": attr(STR, None, doc="its kernel's schedules, by rows an expert: the first whose bound holds"),
+    "buffer": attr(NUMBERS, None, doc="the planned buffer of each result; `_` for one that takes no memory"),
+}
 
 
 class result:
@@ -179,6 +188,8 @@ class Op:
             res.index = i
         if name in OPS:
             raise RuntimeError(f"two ops are called {name}")
+        if taken := cls.attr_specs.keys() & ANNOTATIONS:
+            raise RuntimeError(f"{name} has an attribute {', '.join(taken)}: any op may carry that")
         OPS[name] = cls
 
     def __init__(
@@ -189,8 +200,13 @@ class Op:
     ) -> None:
         self.loc = loc
         self.origin = ""  # the rule that made it, as ``permute-fusion(%xp,%gu)``
+        self.written: SourceLoc | None = None  # where it stands in IR text, if it was read from such
         self.operands = self._fit_operands(tuple(operands))
-        self.attrs = self._fit_attrs(dict(attrs or {}))
+        given = dict(attrs or {})
+        self.annotations: dict[str, Any] = {}
+        for key in ANNOTATIONS.keys() & given.keys():
+            self.annotate(key, given.pop(key))
+        self.attrs = self._fit_attrs(given)
         self.results: tuple[OpResult, ...] = ()
 
     def _fit_operands(self, given: tuple[Value | None, ...]) -> tuple[Value | None, ...]:
@@ -209,7 +225,7 @@ class Op:
     def _fit_attrs(self, given: dict[str, Any]) -> dict[str, Any]:
         for key in given:
             if key not in self.attr_specs:
-                hint = nearest(key, self.attr_specs)
+                hint = nearest(key, [*self.attr_specs, *ANNOTATIONS])
                 raise AttributeMismatch(f"{self.name}: no attribute is called {key!r}{hint}", loc=self.loc)
         fitted = {}
         for key, spec in self.attr_specs.items():
@@ -222,6 +238,24 @@ class Op:
                 )
             fitted[key] = value
         return fitted
+
+    def annotate(self, key: str, value: Any) -> bool:
+        """Gives the op an annotation, or takes it away (None); whether that changed anything."""
+        if value == self.annotations.get(key):
+            return False
+        kind = ANNOTATIONS[key].kind
+        if value is None:
+            del self.annotations[key]
+        elif not kind.check(value):
+            raise AttributeMismatch(f"{self.name}: {key} must be {kind.name}, not {value!r}", loc=self.loc)
+        else:
+            self.annotations[key] = value
+        return True
+
+    def take_notes(self, other: Op) -> None:
+        """Origin and annotations of ``other``, whose copy this is."""
+        self.origin, self.written = other.origin, other.written
+        self.annotations = dict(other.annotations)
 
     # What each op defines.
     def infer(self) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 from moec.errors import IRError, MoecError, ParseError, SourceLoc
 from moec.ir.cost import describe, op_cost
 from moec.ir.graph import Function, Module
-from moec.ir.op import Op, Value, op_class
+from moec.ir.op import ANNOTATIONS, Op, Value, op_class
 from moec.ir.ops.control import Loop, Return
 from moec.ir.types import parse_type
 
@@ -72,11 +72,12 @@ def print_op(op: Op) -> str:
     text += f"{target}({', '.join(_operand(v) for v in operands)})"
     shown = {
         key: spec.kind.print(op.attrs[key])
-        for key, spec in sorted(op.attr_specs.items())
+        for key, spec in op.attr_specs.items()
         if key != "callee" and not spec.hidden and (spec.required or op.attrs[key] != spec.default)
     }
+    shown |= {key: ANNOTATIONS[key].kind.print(value) for key, value in op.annotations.items()}
     if shown:
-        text += " {" + ", ".join(f"{k}={v}" for k, v in shown.items()) + "}"
+        text += " {" + ", ".join(f"{k}={v}" for k, v in sorted(shown.items())) + "}"
     if op.results:
         text += " : " + ", ".join(str(r.type) for r in op.results)
     return text
@@ -258,6 +259,7 @@ class _Parser:
             if res.type != type:
                 raise op.mismatch(f"{res.text} is written as {type} but is {res.type}")
         op.loc, op.origin = _parse_derived(derived)  # last: a mistake above is one in this text
+        op.written = SourceLoc(self.file, self.line_number)
         values.update((r.text, r) for r in op.results)
 
     def _cut_attrs(self, text: str) -> tuple[str, str]:
@@ -276,7 +278,7 @@ class _Parser:
                 raise self.error(f"{part!r} is no attribute: 'name=value' is")
             if key in attrs:
                 raise self.error(f"{cls.name}: {key} is given twice")
-            spec = cls.attr_specs.get(key)
+            spec = cls.attr_specs.get(key) or ANNOTATIONS.get(key)
             if spec is None:
                 attrs[key] = value  # the op refuses it, naming the nearest
                 continue

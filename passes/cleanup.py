@@ -110,7 +110,7 @@ def trim_calls(module: Module) -> bool:
 
 def _with_operands(function: Function, op: Op, operands: list[Value | None]) -> None:
     new = type(op)(operands, op.attrs, op.loc)
-    new.origin = op.origin
+    new.take_notes(op)
     function.create(new, before=op)
     for old, res in zip(op.results, new.results, strict=True):
         function.replace(old, res)

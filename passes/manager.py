@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
-from moec.errors import InternalError, MoecError, UnknownPass, nearest
+from moec.errors import BadOption, InternalError, MoecError, UnknownPass, nearest
 from moec.ir import Module, verify
 from moec.passes.options import read_options, show_options, split_pipeline
 from moec.passes.pattern import Rules
@@ -24,9 +25,14 @@ class NoOptions:
 
 
 class Pass:
-    """One rewrite of a module. ``str(pass)`` is what ``parse_pipeline`` reads."""
+    """One rewrite of a module. ``str(pass)`` is what ``parse_pipeline`` reads.
+
+    ``phase`` orders what can't be in any order: no pass runs after one of a higher phase.
+    0: what is computed and how it is written; 1: further entries made of it; 2: kernels; 3: memory.
+    """
 
     name: ClassVar[str] = ""
+    phase: ClassVar[int] = 0
     Options: ClassVar[type[Any]] = NoOptions
 
     def __init__(self, options: Any = None) -> None:
@@ -83,6 +89,15 @@ def parse_pipeline(text: str) -> list[Pass]:
     return passes
 
 
+def check_order(passes: Sequence[Pass]) -> None:
+    """Raises BadOption where a pass runs after one of a higher phase, whose work it could undo."""
+    for before, after in pairwise(passes):
+        if after.phase < before.phase:
+            raise BadOption(
+                f"{after.name} (phase {after.phase}) can't run after {before.name} (phase {before.phase})"
+            )
+
+
 def print_pipeline(passes: Iterable[Pass]) -> str:
     return ",".join(map(str, passes))
 
@@ -121,9 +136,10 @@ class Instrument:
 
 
 class PassManager:
-    """Runs ``passes`` in order, verifying after each."""
+    """Runs ``passes`` in order, verifying after each. Raises BadOption for an order that isn't legal."""
 
     def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> None:
+        check_order(passes)
         self.passes, self.instruments = list(passes), list(instruments)
 
     def run(self, module: Module) -> list[PassRun]:

@@ -31,8 +31,10 @@ def _targets() -> Rows:
 def _passes() -> Rows:
     from moec.passes import PASSES
 
-    return ["pass", "options", "what it does"], [
-        [name, str(cls())[len(name) :] or "", _summary(cls)] for name, cls in sorted(PASSES.items())
+    # In a legal order: no pass runs after one of a higher phase.
+    passes = sorted(PASSES.items(), key=lambda item: (item[1].phase, item[0]))
+    return ["pass", "phase", "options", "what it does"], [
+        [name, cls.phase, str(cls())[len(name) :] or "", _summary(cls)] for name, cls in passes
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moec.errors import InternalError, IRError, OutputUnwritable
+from moec.errors import BadOption, InternalError, IRError, OutputUnwritable
 from moec.ir import Module, print_module, read_module
 from moec.ir.op import op_class
 from moec.passes import Dump, Events, Oracle, Pass, PassManager, parse_pipeline, pipeline
@@ -155,3 +155,22 @@ def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
         PassManager([], [Dump(tmp_path / "file" / "ir")]).run(MoE().build())
     with pytest.raises(OutputUnwritable):
         PassManager([], [Events(tmp_path / "file" / "events.jsonl")]).run(MoE().build())
+
+
+def ordered(*phases: int) -> list[Pass]:
+    return [type(f"P{i}", (Break,), {"name": f"p{i}", "phase": n})("nothing") for i, n in enumerate(phases)]
+
+
+@pytest.mark.parametrize("phases", [(), (3,), (0, 0, 1, 2, 3), (2, 2), (0, 3)])
+def test_legal_orders_are_those_of_phases_that_do_not_fall(phases: tuple[int, ...]) -> None:
+    PassManager(ordered(*phases))
+
+
+@pytest.mark.parametrize("phases", [(1, 0), (0, 2, 1), (3, 3, 0, 3)])
+def test_another_order_is_refused_naming_both(phases: tuple[int, ...]) -> None:
+    fall = next(i for i in range(1, len(phases)) if phases[i] < phases[i - 1])
+    with pytest.raises(BadOption) as caught:
+        PassManager(ordered(*phases))
+    assert caught.value.message == (
+        f"p{fall} (phase {phases[fall]}) can't run after p{fall - 1} (phase {phases[fall - 1]})"
+    )
