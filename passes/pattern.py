@@ -88,6 +88,7 @@ class Match:
         self.captures: dict[str, Any] = {}
         self.ops: list[Op] = []  # the matched ones, root first
         self.created: list[Op] = []
+        self.replaced: list[tuple[OpResult, Value]] = []
         self.afterwards: list[Callable[[], None]] = []
         self.checked = 0  # conditions that held: of two misses, the one that got further says more
 
@@ -115,6 +116,11 @@ class Match:
         self.function.create(op, (out,) if isinstance(out, str) else out, before=self.root)
         self.created.append(op)
         return op.results[0] if len(op.results) == 1 else op.results
+
+    def also(self, op: Op, *results: Value) -> None:
+        """Beside the root, ``op`` gives way: its results become ``results``."""
+        self.ops.append(op)
+        self.replaced += zip(op.results, results, strict=True)
 
     def later(self, action: Callable[[], None]) -> None:
         """Runs ``action`` once the root is gone."""

@@ -38,7 +38,7 @@ def _pipeline(level: int, target: str) -> list[str]:
         # fp8-cast
         # What is computed together: on GPUs, which pay for every trip to memory.
         *(["permute-fusion"] if target != "cpu" else []),
-        # norm-fusion
+        *(["norm-fusion"] if target != "cpu" else []),
         # rope-cache-fusion
         # Which kernel and which buffer, per target.
         # select

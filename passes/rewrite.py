@@ -100,11 +100,12 @@ def _try(
 
 
 def _replace(m: Match, results: Sequence[Value], pass_name: str) -> None:
-    """The root's results become ``results``; the matched ops that nothing uses any more go."""
+    """The root's results become ``results``, and so with the ops that gave way beside it; the matched ops
+    that nothing uses any more go."""
     function = m.function
     place = {op: i for i, op in enumerate(function.ops)}
     names = {op: [r.text for r in op.results] for op in m.ops}
-    for old, new in zip(m.root.results, results, strict=True):
+    for old, new in (*m.replaced, *zip(m.root.results, results, strict=True)):
         # A new op takes the old one's name; a value that was there before keeps its own.
         function.replace(old, new, keep_name=isinstance(new, OpResult) and new.op in m.created)
     gone = []

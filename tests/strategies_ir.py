@@ -176,6 +176,13 @@ def _rms_norm(g: Graph) -> Any:
     return g.op("rms_norm", x, g.param(f32, x.type.shape[-1]), eps=g.draw(of([1e-6, 1e-5])))
 
 
+@draws("add_rms_norm")
+def _add_rms_norm(g: Graph) -> Any:
+    x = g.fresh(g.draw(of([f32, bf16])), N, g.draw(small))
+    w = g.param(f32, x.type.shape[-1])
+    return g.op("add_rms_norm", x, g.fresh(x.type.dtype, *x.type.shape), w, eps=g.draw(of([1e-6, 1e-5])))
+
+
 @draws("embedding")
 def _embedding(g: Graph) -> Any:
     ids = g.draw(st.lists(st.integers(0, 4), min_size=g.tokens, max_size=g.tokens))

@@ -58,6 +58,10 @@ def _latent_attention(op: Op) -> dict[str, Any]:
     return dict(op.attrs) | {"heads": heads, "width": width, "rope": width - op.attrs["nope"], "rank": rank}
 
 
+def _add_rms_norm(op: Op) -> dict[str, Any]:
+    return {"eps": op.attrs["eps"], "width": _shape(op, 2)[0], "wide": not not_fp32(op)}
+
+
 def _combine(op: Op) -> dict[str, Any]:
     rows, y = op.operands[0].type, op.results[0].type  # type: ignore[union-attr]
     return {
@@ -96,6 +100,7 @@ register(
     *_product("grouped_linear", lambda op: {"placed": op.operands[3] is not None}),
     *_product("gather_grouped_linear", _gather_grouped_linear),
     _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"]}, reasons=_fp32),
+    _kernel("add_rms_norm", _add_rms_norm),
     _kernel("swiglu", _swiglu),
     _kernel("rope_table", _rope_table),
     _kernel(

@@ -19,6 +19,7 @@ F8 = DTYPES["f8e4m3"]
 # "_" leaves an optional one out.
 GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "add": (["bf16[N,4]", "bf16[4]"], {}, "bf16[N,4]"),
+    "add_rms_norm": (["bf16[N,64]", "bf16[N,64]", "f32[64]"], {"eps": 1e-6}, "bf16[N,64], bf16[N,64]"),
     "attention": (
         ["bf16[N,8,192]", "bf16[S,2,192]", "bf16[S,2,128]", "i32[B+1]", "i32[B+1]"],
         {"scale": 0.1},
@@ -81,6 +82,9 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("add", {1: "bf16[5]"}, "axis 1 of %a is 4 but axis 0 of %b is 5"),
     ("add", {0: "bf16[4]", 1: "bf16[M,5]"}, "axis 1 of %b is 5 but axis 0 of %a is 4"),
     ("add", {0: "index"}, "%a is index, not a tensor"),
+    ("add_rms_norm", {1: "bf16[64]"}, "%x is bf16[N,64] but %residual is bf16[64]"),
+    ("add_rms_norm", {2: "f32[63]"}, "K is 64 in %x but 63 in %w"),
+    ("add_rms_norm", {"eps": -1.0}, "eps is -1.0: it must be 0 or more, and finite"),
     ("attention", {1: "bf16[S,2,64]"}, "D is 192 in %q but 64 in %k"),
     ("attention", {2: "bf16[M,2,128]"}, "S is S in %k but M in %v"),
     ("attention", {2: "bf16[S,4,128]"}, "kv_heads is 2 in %k but 4 in %v"),

@@ -77,6 +77,15 @@ def test_linear(dtype: torch.dtype) -> None:
     torch.testing.assert_close(wide, exact.float(), rtol=1e-5, atol=1e-5)
 
 
+@F32_BF16
+def test_add_rms_norm_norms_the_rounded_sum(dtype: torch.dtype) -> None:
+    x, residual, w = randn(5, 16, dtype=dtype), randn(6, 16, dtype=dtype)[1:], randn(16)
+    total, normed = reference("add_rms_norm", x, residual, w, eps=1e-3)
+    assert torch.equal(total, x + residual)
+    exact = F.rms_norm((x + residual).double(), (16,), w.double(), 1e-3)
+    torch.testing.assert_close(normed, exact.to(dtype))
+
+
 def test_embedding() -> None:
     table = randn(7, 3)
     ids = torch.tensor([6, 0, 6])
