@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import sympy
-
 from moec.ir.graph import Function, Module
 from moec.ir.op import Cost, Op, Param
 from moec.ir.ops.control import Loop
 from moec.ir.ops.moe import ExpertSlots
+from moec.ir.routing import active
 from moec.ir.types import TensorType, symbol
 
 
@@ -20,8 +19,13 @@ def op_cost(op: Op, module: Module | None = None) -> Cost:
         return replace(op.cost(), launches=op.launches)
     if module is None or op.callee not in module:
         return Cost()
-    body = module[op.callee]
-    return function_cost(body, module).at(expected_rows(body, len(op.range))) * len(op.range)
+    body, times = module[op.callee], len(op.range)
+    cost = function_cost(body, module)
+    if (chosen := expert_slots(body)) is None:
+        return cost * times
+    running, rows = rows_each(chosen, times)
+    spent = cost.at({symbol(chosen.rows): rows}) * running
+    return replace(spent, launches=cost.launches * times)
 
 
 def function_cost(function: Function, module: Module | None = None) -> Cost:
@@ -31,13 +35,16 @@ def function_cost(function: Function, module: Module | None = None) -> Cost:
     return total
 
 
-def expected_rows(body: Function, runs: int) -> dict[Any, Any]:
-    """Rows that each of ``runs`` experts gets when they share all slots equally."""
-    return {
-        symbol(op.rows): sympy.Rational(1, runs) * op.id.type.numel
-        for op in body.ops
-        if isinstance(op, ExpertSlots)
-    }
+def expert_slots(body: Function) -> ExpertSlots | None:
+    """The op by which the body of a loop over experts finds its expert's rows."""
+    return next((op for op in body.ops if isinstance(op, ExpertSlots)), None)
+
+
+def rows_each(chosen: ExpertSlots, experts: int) -> tuple[Any, Any]:
+    """The experts that have rows, and how many each of these has on average: others needn't move a weight."""
+    tokens, k = chosen.id.type.shape
+    running = active(experts, k, tokens)
+    return running, tokens * k / running
 
 
 def parameters(module: Module, function: str) -> int:

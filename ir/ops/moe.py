@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 
 from moec.ir.attrs import BOOL, DTYPE, FLOAT, INT, SYMBOL, choice
-from moec.ir.op import Cost, Op, Value, attr, operand, result
+from moec.ir.op import Cost, Op, OpResult, Value, attr, operand, result
 from moec.ir.ops.elementwise import SwiGLU
+from moec.ir.routing import active
 from moec.ir.types import TensorType, as_dim, f32, i32, symbol
 
 
@@ -219,11 +219,18 @@ class ExpertProduct(Op):
             self.same("the number of groups", groups, sorted, w.shape[0], self.w)
         return w
 
+    def choices(self) -> tuple[Any, Any] | None:
+        """(k, T) where each of T tokens has chosen k of the experts; what made ``off`` knows, None if nothing."""
+        sorter = self.off.op if isinstance(self.off, OpResult) else None
+        ids = getattr(sorter, "id", None)
+        return (ids.type.shape[1], ids.type.shape[0]) if isinstance(ids, Value) else None
+
     def product_cost(self, rows: Any) -> Cost:
-        """Weights of experts without rows needn't move: with R rows at random, (1 - 1/E)^R of the experts."""
+        """Weights of experts without rows needn't move."""
         w = self.w.type
-        idle = (1 - 1 / sympy.Float(w.shape[0])) ** rows
-        return Cost(2 * rows * w.shape[1] * w.shape[2], self.moved_bytes() - w.nbytes * idle)
+        k, tokens = self.choices() or (1, rows)
+        read = active(w.shape[0], k, tokens) / w.shape[0] if w.shape[0] else 0
+        return Cost(2 * rows * w.shape[1] * w.shape[2], self.moved_bytes() - w.nbytes + w.nbytes * read)
 
 
 class GroupedLinear(ExpertProduct, name="grouped_linear"):

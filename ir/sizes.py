@@ -1,0 +1,91 @@
+"""Numbers for the symbols of a module: ``--at T=4096,S=8192``, and what is taken where nothing is said.
+
+N (or T) new tokens of a step, B sequences, S cached entries of all sequences together with the new tokens',
+P pages a sequence. ``context`` is S of one sequence: S = B · context.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from moec.errors import BadOption, nearest
+from moec.ir.graph import ENTRIES, Module
+from moec.ir.ops.control import Loop
+from moec.ir.ops.moe import ExpertSlots
+from moec.ir.types import CacheType, TensorType
+from moec.ir.weights import WEIGHTS
+
+CONTEXT = "context"
+_LARGEST = 10**12  # of a size, so that costs stay far from infinite
+
+
+def symbols(module: Module) -> list[str]:
+    """The symbols in the types of a module's arguments and results; not those that loops over experts set."""
+    found: dict[str, None] = {}
+    seen: set[Any] = set()
+    for function in module:
+        if function.name.split(".")[0] == WEIGHTS:
+            continue
+        own = [r for op in function.ops if isinstance(op, ExpertSlots) for r in op.results]
+        hidden = {s for r in own for s in _free(r.type)}
+        values = [*function.args, *(r for op in function.ops for r in op.results)]
+        types = {v.type: None for v in values if v.type not in seen}
+        seen |= types.keys()
+        found |= {s.name: None for type in types for s in _free(type) if s not in hidden}
+    return list(found)
+
+
+def _free(type: Any) -> list[Any]:
+    if not isinstance(type, TensorType):
+        return []
+    return sorted(
+        (s for dim in type.shape if not isinstance(dim, int) for s in dim.free_symbols), key=lambda s: s.name
+    )
+
+
+def parse_sizes(text: str, module: Module) -> dict[str, int]:
+    """``T=4096,S=8192`` by the module's own symbols. Raises BadOption, with the nearest names."""
+    known = symbols(module)
+    names = known + (["T"] if "N" in known and "T" not in known else []) + ([CONTEXT] if "S" in known else [])
+    found: dict[str, int] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, value = (p.strip() for p in part.partition("="))
+        if not re.fullmatch(r"\d+", value) or int(value) > _LARGEST:
+            raise BadOption(f"--at {part!r}: it takes names with numbers, as {names[0] if names else 'T'}=4096")
+        if name not in names:
+            there = ", ".join(names) or "none"
+            raise BadOption(f"--at {name}: no size is called that{nearest(name, names)}; there is {there}")
+        symbol = "N" if name == "T" and "T" not in known else name
+        if symbol in found:
+            raise BadOption(f"--at gives {symbol} twice")
+        found[symbol] = int(value)
+    if CONTEXT in found and "S" in found:
+        raise BadOption("--at gives both S and context, which is S of one sequence")
+    return found
+
+
+def complete(given: dict[str, int], module: Module) -> dict[str, int]:
+    """``given`` and, where it is silent: one sequence, one new token for each, no more context than these.
+
+    Raises BadOption for a context that is shorter than the new tokens.
+    """
+    sizes = dict(given)
+    sequences = sizes.setdefault("B", 1)
+    tokens = sizes.setdefault("N", sequences)
+    context = sizes.pop(CONTEXT, None)
+    if context is not None:
+        sizes["S"] = sequences * context
+    elif "S" not in sizes:
+        sizes["S"] = tokens
+    if sizes["S"] < tokens and "S" in symbols(module):
+        raise BadOption(f"S={sizes['S']} cached entries: they include the {tokens} new tokens'")
+    if "P" not in sizes:
+        sizes["P"] = -(-sizes["S"] // (max(sequences, 1) * _page(module)))
+    known = symbols(module)
+    return {name: sizes[name] for name in known if name in sizes}
+
+
+def _page(module: Module) -> int:
+    args = [a for name in ENTRIES if name in module for a in module[name].args]
+    return next((a.type.page for a in args if isinstance(a.type, CacheType)), 1)
