@@ -6,9 +6,13 @@ its architecture's white paper or the CUDA programming guide's table of compute 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+
+from moec.errors import BadOption, nearest
 
 KIB, MIB = 1 << 10, 1 << 20
+RATES = ("f32", "bf16", "f16", "f8e4m3")  # dtypes that devices have rates of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,3 +156,24 @@ CPU = Device(
 
 # By the target's name.
 DEVICES: dict[str, Device] = {CPU.name: CPU, **GPUS}
+
+
+def with_figures(device: Device, text: str) -> Device:
+    """``device`` with other figures: ``bandwidth=3.35e12,bf16=989e12,launch=2e-6``. Raises BadOption."""
+    rates = dict(device.matmul_flops)
+    figures = {"bandwidth": device.bandwidth, "launch": device.launch_s}
+    names = [*figures, *RATES]
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, value = (p.strip() for p in part.partition("="))
+        if name not in names:
+            raise BadOption(
+                f"no figure is called {name!r}{nearest(name, names)}; there is {', '.join(names)}"
+            )
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise BadOption(f"{part!r}: a figure is a positive number, as bandwidth=3.35e12")
+        (figures if name in figures else rates)[name] = number
+    return replace(device, bandwidth=figures["bandwidth"], launch_s=figures["launch"], matmul_flops=rates)

@@ -1,4 +1,4 @@
-"""Costs in numbers: what each op and function takes on a device, at given sizes and under a routing assumption.
+"""Costs in numbers: what each op and function takes on a device, at given sizes, with routers as assumed.
 
 An op takes max(bytes / bandwidth, FLOPs / the rate of their dtype); a function the sum of its ops: nothing is
 taken to hide behind anything else. It is a floor, launches aside, which are counted beside it.
@@ -150,9 +150,8 @@ def functions_run(costs: Costs, entry: str) -> dict[str, Runs]:
     found: dict[str, Runs] = {}
 
     def walk(costs: Costs, name: str, working: float, launched: int) -> None:
-        if name in found:
-            working, launched = working + found[name].working, launched + found[name].launched
-        found[name] = Runs(name, working, launched, costs)
+        before = found.get(name) or Runs(name, 0.0, 0, costs)
+        found[name] = Runs(name, before.working + working, before.launched + launched, costs)
         for op in costs.module[name].ops:
             if isinstance(op, Loop) and op.callee in costs.module:
                 working_each, inner = costs.runs(op)

@@ -1,11 +1,11 @@
 """What a router is assumed to do: how many experts get rows, how many each, and what row tiles waste.
 
-Costs hold ``active(E, k, T)``, the experts that have rows when each of T tokens chooses k of E. With numbers in
-it that is a number: the one for a router that chooses at random, ``Uniform``. Another assumption is put in its
-place where costs are evaluated (``moec.ir.roofline``).
+Costs hold ``active(E, k, T)``, the experts that have rows when each of T tokens chooses k of E. With numbers
+in it that is a number: the one for a router that chooses at random, ``Uniform``. Where costs are evaluated
+(``moec.ir.roofline``) another assumption may answer instead.
 
-Tokens choose independently: of an assumption everything follows from the probability that a token chooses expert
-i, its rows being Binomial(T, p_i). A recorded trace has its own counts instead.
+Tokens choose independently, so that an assumption is no more than the probability that a token chooses expert
+i: its rows are Binomial(T, p_i). A recorded trace has its own counts instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moec.errors import BadOption, nearest
 Array = Any  # a numpy array of float64 or int64
 
 
-class active(sympy.Function):  # type: ignore[misc]
+class active(sympy.Function):
     """active(E, k, T): the experts that have rows, E·(1 - (1 - k/E)^T) of them on average."""
 
     nargs = 3
@@ -95,8 +95,8 @@ class Independent(Routing):
         tiles = float(sum(n * (1 - each[::tile]).sum() for n, each in zip(times, at_most, strict=True)))
         # The largest of E: as if they were independent, where in truth they add up to k·T.
         longest = max(map(len, at_most))
-        logs = [np.log(np.maximum(np.pad(a, (0, longest - len(a)), constant_values=1), 1e-300)) for a in at_most]
-        most = float(-np.expm1(times @ np.array(logs)).sum())
+        padded = [np.pad(each, (0, longest - len(each)), constant_values=1) for each in at_most]
+        most = float(-np.expm1(times @ np.log(np.maximum(padded, 1e-300))).sum())
         has_rows = self.active(experts, k, tokens)
         mean, waste = tokens * k / has_rows, 1 - tokens * k / (tiles * tile)
         return Load(experts, k, tokens, has_rows, mean, max(most, mean), tile, tiles, max(waste, 0.0))
@@ -134,9 +134,9 @@ class Zipf(Independent):
 def chosen_in_turn(preferences: tuple[float, ...], k: int) -> Array:
     """[E] probabilities to be among k drawn without replacement, each draw in proportion to ``preferences``.
 
-    Such a draw is the order in which independent Exp(p_i) clocks ring, so expert i is chosen where fewer than k
-    others rang before it:  ∫ p_i·exp(-p_i·t) · P(fewer than k others by t) dt.  The count of the others is a
-    sum of independent ones, its probabilities a product of polynomials; the integral is a Gauss-Legendre sum.
+    Such a draw is the order in which independent Exp(p_i) clocks ring, so expert i is chosen where fewer than
+    k others rang before it:  ∫ p_i·exp(-p_i·t) · P(fewer than k others by t) dt.  The others' count is a sum
+    of independent ones, its probabilities a product of polynomials; the integral is a Gauss-Legendre sum.
     """
     p = np.asarray(preferences) / sum(preferences)
     count = len(p)
@@ -207,7 +207,7 @@ class Trace(Routing):
         return self._cache[key]
 
     def _load(self, experts: int, k: int, tokens: int, tile: int) -> Load:
-        layers, recorded, _ = self.ids.shape
+        recorded = self.ids.shape[1]
         ids = [layer for layer in self.ids if ((layer >= 0).sum(1) == k).all()]
         if not ids:
             raise BadOption(f"{self.name}: no layer in it chooses {k} experts a token, as the model's does")
@@ -249,8 +249,10 @@ def read_trace(path: Path | str) -> Array:
         raise BadOption(f"can't read the trace {path}: it is an archive, not a .npy file")
     ids = found["id"] if "id" in (found.dtype.names or ()) else found
     if ids.dtype.kind not in "iu" or ids.ndim not in (2, 3) or 0 in ids.shape:
-        shape = f"{found.dtype} {list(found.shape)}"
-        raise BadOption(f"{path} is no trace: {shape} is neither integers [layers, tokens, k] nor has field id")
+        raise BadOption(
+            f"{path} is no trace: {found.dtype} {list(found.shape)} is neither integers [layers, tokens, k] "
+            "nor records with a field id of these"
+        )
     return ids.astype(np.int64).reshape((1, *ids.shape) if ids.ndim == 2 else ids.shape)
 
 

@@ -11,13 +11,11 @@ from typing import Any
 
 from moec.errors import BadOption, nearest
 from moec.ir.graph import ENTRIES, Module
-from moec.ir.ops.control import Loop
 from moec.ir.ops.moe import ExpertSlots
 from moec.ir.types import CacheType, TensorType
 from moec.ir.weights import WEIGHTS
 
 CONTEXT = "context"
-_LARGEST = 10**12  # of a size, so that costs stay far from infinite
 
 
 def symbols(module: Module) -> list[str]:
@@ -51,8 +49,10 @@ def parse_sizes(text: str, module: Module) -> dict[str, int]:
     found: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, _, value = (p.strip() for p in part.partition("="))
-        if not re.fullmatch(r"\d+", value) or int(value) > _LARGEST:
-            raise BadOption(f"--at {part!r}: it takes names with numbers, as {names[0] if names else 'T'}=4096")
+        if not re.fullmatch(r"\d{1,12}", value):
+            raise BadOption(
+                f"--at {part!r}: it takes names with numbers, as {names[0] if names else 'T'}=4096"
+            )
         if name not in names:
             there = ", ".join(names) or "none"
             raise BadOption(f"--at {name}: no size is called that{nearest(name, names)}; there is {there}")

@@ -220,10 +220,13 @@ class ExpertProduct(Op):
         return w
 
     def choices(self) -> tuple[Any, Any] | None:
-        """(k, T) where each of T tokens has chosen k of the experts; what made ``off`` knows, None if nothing."""
+        """(k, T) where each of T tokens chose k of the experts: what made ``off`` knows; else None."""
         sorter = self.off.op if isinstance(self.off, OpResult) else None
         ids = getattr(sorter, "id", None)
-        return (ids.type.shape[1], ids.type.shape[0]) if isinstance(ids, Value) else None
+        if not isinstance(ids, Value) or not isinstance(ids.type, TensorType):
+            return None
+        tokens, k = ids.type.shape
+        return k, tokens
 
     def product_cost(self, rows: Any) -> Cost:
         """Weights of experts without rows needn't move."""

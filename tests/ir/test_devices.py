@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from moec.codegen.targets import TARGETS
-from moec.ir.devices import CPU, DEVICES, GPUS
+from moec.errors import BadOption
+from moec.ir.devices import CPU, DEVICES, GPUS, with_figures
 
 
 def test_every_target_has_a_device() -> None:
@@ -33,3 +34,20 @@ def test_a_dtype_without_a_unit_runs_at_bf16_s_rate() -> None:
     assert a100.flops_of("f8e4m3") == a100.flops_of("bf16") == 312e12
     assert CPU.flops_of("f64") == CPU.flops_of("bf16")
     assert replace(CPU, matmul_flops={"f32": 1e9}).flops_of("bf16") == 1e9
+
+
+def test_figures_can_be_replaced() -> None:
+    h100 = GPUS["sm_90a"]
+    sheet = with_figures(h100, "bandwidth=3.35e12, bf16=989e12")
+    assert sheet == replace(h100, bandwidth=3.35e12, matmul_flops={**h100.matmul_flops, "bf16": 989e12})
+    assert with_figures(CPU, "launch=1e-6,f8e4m3=1e12").flops_of("f8e4m3") == 1e12
+    assert with_figures(CPU, "") == CPU
+    for bad, why in [
+        ("bandwith=1", "did you mean bandwidth"),
+        ("bf16", "a figure is a positive number"),
+        ("bf16=0", "a figure is a positive number"),
+        ("bf16=inf", "a figure is a positive number"),
+        ("bf16=x", "a figure is a positive number"),
+    ]:
+        with pytest.raises(BadOption, match=why):
+            with_figures(CPU, bad)

@@ -102,7 +102,7 @@ def test_chances_add_up_to_k_and_fall_with_preference(experts: int, s: float, da
     chosen = Zipf(s).chosen(experts, k)
     assert chosen.sum() == pytest.approx(k)
     assert (np.diff(chosen) <= 1e-9).all()
-    assert 0 <= chosen.min() and chosen.max() <= 1
+    assert chosen.min() >= 0 and chosen.max() <= 1
 
 
 def test_two_drawn_of_three_by_hand() -> None:
