@@ -6,7 +6,7 @@ checkpoint's."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moec.ir import Function, Module, Op, TensorType, Value
@@ -88,17 +88,31 @@ def family(loop: Loop, param: Param) -> str:
     return f"{loop.scope}.{param.name}"
 
 
-def bound_outside(module: Module, function: str, name: str) -> str:
+Callers = Mapping[str, list[tuple[Function, Op]]]
+
+
+def all_callers(module: Module) -> Callers:
+    """``module.callers`` of every function at once."""
+    found: dict[str, list[tuple[Function, Op]]] = {}
+    for function in module:
+        for op in function.ops:
+            if isinstance(op, Loop):
+                found.setdefault(op.callee, []).append((function, op))
+    return found
+
+
+def bound_outside(module: Module, function: str, name: str, callers: Callers | None = None) -> str:
     """Why what ``function`` sees isn't all there is to say of its parameter's loading; "" where it is.
 
-    A function around it may bind the parameter for one layer or one expert only.
+    A function around it may bind the parameter for one layer or one expert only. Who asks often gives
+    ``all_callers``.
     """
-    for caller, loop in module.callers(function):
+    for caller, loop in module.callers(function) if callers is None else callers.get(function, []):
         scope = f"{loop.attrs['scope']}." if loop.attrs["scope"] else ""
         load, wanted = module.functions.get(weights_name(caller.name)), _regex(scope + name)
         if load is not None and any(wanted.fullmatch(bound) for bound in bindings(load)):
             return f"${name} is bound in @{load.name}, for some of the runs"
-        if why := bound_outside(module, caller.name, scope + name):
+        if why := bound_outside(module, caller.name, scope + name, callers):
             return why
     return ""
 

@@ -33,12 +33,12 @@ def _pipeline(level: int, target: str) -> list[str]:
         # What is computed, on every target.
         "expert-grouping",
         "mla-absorb",
+        *(["merge-projections"] if target != "cpu" else []),
         "canonicalise",
         # In which precision: fp8-cast from sm_89 on, where a recipe or the checkpoint asks for it.
         # fp8-cast
         # What is computed together: on GPUs, which pay for every trip to memory.
-        *(["permute-fusion"] if target != "cpu" else []),
-        *(["norm-fusion"] if target != "cpu" else []),
+        *(["permute-fusion", "norm-fusion"] if target != "cpu" else []),
         # rope-cache-fusion
         # Which kernel and which buffer, per target.
         # select
