@@ -12,6 +12,7 @@ from textwrap import wrap
 from typing import Any
 
 from moec.codegen.kernels import KERNELS, Inline, Templated, select
+from moec.codegen.kernels.record import emits_nothing
 from moec.codegen.kernels.triton import TritonKernel, kernel_file
 from moec.codegen.render import Names, identifier, prose, quote, quote_format, render_python
 from moec.errors import IRError
@@ -299,7 +300,10 @@ def _module_source(
     inner_first = [f for f in order if f.name not in ENTRIES][::-1] + [f for f in order if f.name in ENTRIES]
     for function in inner_first:  # all kernels get their names before any value does
         for op in function.ops:
-            record = None if isinstance(op, Loop | Bind) else select(op, kernels.target)
+            if isinstance(op, Loop | Bind):
+                emits_nothing(op)
+                continue
+            record = select(op, kernels.target)
             if isinstance(record, Templated | TritonKernel):
                 kernels.function(op, record)
     emitters = [FunctionEmitter(f, module, kernels, names) for f in inner_first]
@@ -315,6 +319,17 @@ def _module_source(
         kernels=used,
         parts=parts,
     )
+
+
+def emitted_by(module: Module, target: str) -> dict[str, list[str]]:
+    """By family of kernels (``triton``, ``torch``, ...), the names of the ops that they emit in a step."""
+    found: dict[str, set[str]] = {}
+    for function in module:
+        if function.name.split(".")[0] != WEIGHTS:
+            for op in function.ops:
+                if not isinstance(op, Loop | Bind):
+                    found.setdefault(select(op, target).family, set()).add(op.name)
+    return {family: sorted(ops) for family, ops in sorted(found.items())}
 
 
 def function_names(functions: list[Function]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moec.codegen.emit import emit_python
+from moec.codegen.emit import emit_python, emitted_by
 from moec.codegen.parameters import manifest_tensors
 from moec.codegen.targets import Target
 from moec.errors import OutputExists, OutputUnwritable
@@ -109,6 +109,7 @@ def write_package(
         "entries": entries(module),
         "caches": caches(module),
         "kernels": kernels,
+        "emitted_by": emitted_by(module, target.name),
         **manifest_tensors(module),
         "files": {f.relative_to(folder).as_posix(): _digest(f) for f in _hashed(folder)},
     }

@@ -10,6 +10,8 @@ compiling ahead of time (Triton 3.6.0) and reading the SASS; tests/codegen repea
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -36,6 +38,11 @@ class Schedule:
 
     def __str__(self) -> str:
         return f"{self.form}{self.tile}"
+
+    @property
+    def text(self) -> str:
+        """As the IR writes it: ``rows 128x128x64 w8 s3``."""
+        return f"{self.form} {self.block_m}x{self.block_n}x{self.block_k} w{self.warps} s{self.stages}"
 
     @property
     def tile(self) -> str:
@@ -150,3 +157,57 @@ def _fused_multiply_add() -> list[Schedule]:
         Schedule("rows", m, n, k, warps, 3)
         for m, n, k, warps in [(16, 32, 32, 4), (16, 64, 32, 4), (32, 64, 32, 4), (64, 64, 16, 4)]
     ]
+
+
+_RUNG = re.compile(r"(?:<(\S+) rows: *)?(\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+)")
+
+
+def print_ladder(rungs: list[tuple[float, Schedule]]) -> str:
+    """``<4 rows: swapped 16x128x64 w4 s4; rows 128x128x64 w8 s3``: by rows an expert."""
+    return "; ".join(f"<{below:g} rows: {s.text}" if math.isfinite(below) else s.text for below, s in rungs)
+
+
+def parse_ladder(text: str, problem: Problem, device: GPU) -> list[tuple[float, Schedule]]:
+    """The inverse of ``print_ladder``. Raises ValueError where ``problem`` on ``device`` can't have it."""
+    allowed = space(problem, device)
+    rungs: list[tuple[float, Schedule]] = []
+    parts = [part.strip() for part in text.split(";")]
+    for number, part in enumerate(parts, start=1):
+        match = _RUNG.fullmatch(part)
+        if match is None:
+            raise ValueError(f"{part!r} is none: '<4 rows: rows 128x128x64 w8 s3' is")
+        below = _bound(match[1])
+        if (number == len(parts)) != math.isinf(below):
+            raise ValueError(f"{part!r}: every part but the last says below how many rows it holds")
+        if rungs and below <= rungs[-1][0]:
+            raise ValueError(f"{part!r}: the numbers of rows must ascend")
+        s = Schedule(match[2], *map(int, match.groups()[2:]))  # type: ignore[arg-type]
+        if s not in allowed:
+            raise ValueError(f"{s.text!r} is not for {device.name}: {_why_not(s, allowed, problem, device)}")
+        rungs.append((below, s))
+    return rungs
+
+
+def _bound(text: str | None) -> float:
+    """The number of a rung; infinity for the last, which has none."""
+    if text is None:
+        return math.inf
+    try:
+        below = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no number of rows") from None
+    if not 0 < below < math.inf:
+        raise ValueError(f"{text!r} is no number of rows")
+    return below
+
+
+def _why_not(s: Schedule, allowed: list[Schedule], problem: Problem, device: GPU) -> str:
+    if reasons := reasons_against(s, problem, device):
+        return "; ".join(reasons)
+    near = sorted(allowed, key=lambda a: (a.form != s.form, a.warps != s.warps, _distance(a, s)))[:3]
+    return f"it is in no list of those that compile well; near it are {', '.join(n.text for n in near)}"
+
+
+def _distance(a: Schedule, b: Schedule) -> float:
+    pairs = (a.block_m, b.block_m), (a.block_n, b.block_n), (a.block_k, b.block_k), (a.stages, b.stages)
+    return sum(abs(math.log(x / y)) if y else math.inf for x, y in pairs)

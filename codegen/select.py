@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 from moec.codegen.schedules import Problem, Schedule, space
-from moec.ir.devices import GPU
+from moec.ir.devices import GPU, GPUS
 
 # Model constants: assumptions, none of them fitted to a shape.
 LATENCY = 1e-6  # s, from asking DRAM under load to having the bytes
@@ -147,8 +148,18 @@ def ladder(problem: Problem, device: GPU) -> list[tuple[float, Schedule]]:
 
     What the host picks a variant by, from R / E. Of all ways to give each of ROWS a schedule, the one that
     loses least against the best of each, Σ log(seconds / least seconds), where a change of schedule costs
-    SWITCH.
+    SWITCH. Layers share their problems: each is solved once.
     """
+    known = GPUS.get(device.name) is device
+    return list(_ladder_of_target(problem, device.name) if known else _ladder(problem, device))
+
+
+@cache
+def _ladder_of_target(problem: Problem, target: str) -> list[tuple[float, Schedule]]:
+    return _ladder(problem, GPUS[target])
+
+
+def _ladder(problem: Problem, device: GPU) -> list[tuple[float, Schedule]]:
     # By its last schedule: the loss so far, and a schedule for each of ROWS so far.
     paths: dict[Schedule, tuple[float, list[Schedule]]] = {}
     for rows in ROWS:

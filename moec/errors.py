@@ -234,6 +234,18 @@ class UnknownTarget(MoecError):
     code = "M0703"
 
 
+class UnknownKernel(MoecError):
+    """No kernel of that name emits the op for the target."""
+
+    code = "M0704"
+
+
+class BadSchedule(MoecError):
+    """A schedule that can't be read, or that the op's kernel or the device can't take."""
+
+    code = "M0705"
+
+
 # 08: compiling and launching kernels
 class CompileFailed(MoecError):
     """A kernel's variant that its compiler refuses; the message is the compiler's."""

@@ -1,7 +1,7 @@
 """Which passes run at each ``-O`` level, in order.
 
 O0   nothing: the naive model stays as its blocks wrote it
-O1   clean-ups that change no result
+O1   clean-ups that change no result; kernels and buffers chosen
 O2   the default: everything that pays on the target
 O3   as O2, and what pays only sometimes
 """
@@ -25,8 +25,10 @@ def pipeline(level: int = DEFAULT_LEVEL, target: str = "cpu") -> list[Pass]:
 def _pipeline(level: int, target: str) -> list[str]:
     if level == 0:
         return []
+    # Last: which kernel and which buffer.
+    last = ["select"]
     if level == 1:
-        return ["canonicalise"]
+        return ["canonicalise", *last]
     return [
         # Shapes as the rules below expect them.
         "canonicalise",
@@ -40,7 +42,5 @@ def _pipeline(level: int, target: str) -> list[str]:
         # What is computed together: on GPUs, which pay for every trip to memory.
         *(["permute-fusion", "norm-fusion"] if target != "cpu" else []),
         # rope-cache-fusion
-        # Which kernel and which buffer, per target.
-        # select
-        # plan
+        *last,
     ]

@@ -13,34 +13,29 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from moec.codegen.kernels.record import Record, refuse
 from moec.codegen.kernels.triton import TritonKernel
-from moec.errors import InternalError
+from moec.errors import InternalError, UnknownKernel, nearest
 from moec.ir.op import Op
 from moec.ir.types import TensorType, f32
 
 
 @dataclass(frozen=True)
-class Inline:
+class Inline(Record):
     """``expression(op, operands)`` is the Python text. An operand that is left out is None."""
 
-    op: str
     expression: Callable[[Op, list[Any]], str]
     targets: tuple[str, ...] = ()
 
-    def supports(self, op: Op) -> list[str]:
-        """Reasons against; none means yes."""
-        return []
-
 
 @dataclass(frozen=True)
-class Templated:
+class Templated(Record):
     """``template`` defines one function, called with the op's operands; ``constants(op)`` fills it in.
 
     ``in_place`` marks a kernel that writes its result into the operand of that number (the cache). ``calls``
     names the op whose kernel function this one calls, by the name that the template finds under the op's.
     """
 
-    op: str
     template: str
     constants: Callable[[Op], dict[str, Any]] = field(default=lambda op: {})
     targets: tuple[str, ...] = ()
@@ -57,28 +52,66 @@ def not_fp32(op: Op) -> list[str]:
     """A reason where an operand or a result is of another dtype."""
     types = [v.type for v in (*op.operands, *op.results) if v is not None]
     floats = {t.dtype for t in types if isinstance(t, TensorType) and t.dtype.is_float}
-    return [f"it is {', '.join(map(str, floats))}, not fp32"] if floats != {f32} else []
+    return [f"it is {' and '.join(sorted(map(str, floats)))}, not fp32"] if floats != {f32} else []
 
 
 Kernel = Inline | Templated | TritonKernel
 KERNELS: list[Kernel] = []
+_BY_NAME: dict[str, Kernel] = {}
+_BY_OP: dict[str, list[Kernel]] = {}  # in the order in which they are tried
+_ORDER = (TritonKernel, Templated, Inline)
 
 
 def register(*kernels: Kernel) -> None:
+    for kernel in kernels:
+        if kernel.name in _BY_NAME:
+            raise RuntimeError(f"two kernels are called {kernel.name}: give one a name of its own")
+        _BY_NAME[kernel.name] = kernel
+        serving = _BY_OP.setdefault(kernel.op, [])
+        serving.append(kernel)
+        serving.sort(key=lambda k: _ORDER.index(type(k)))
     KERNELS.extend(kernels)
 
 
-def select(op: Op, target: str) -> Kernel:
-    """The first record that emits ``op`` for ``target``: Triton's, then a function, then an expression.
+def serving(op_name: str, target: str) -> list[Kernel]:
+    """The records that may emit ops of that name for ``target``, the first to be tried first."""
+    return [k for k in _BY_OP.get(op_name, []) if not k.targets or target in k.targets]
 
-    Raises InternalError where there is none.
+
+def select(op: Op, target: str) -> Kernel:
+    """The record that emits ``op`` for ``target``: the one its ``kernel`` names, else the first that can.
+
+    Tried are Triton's, then a function, then an expression. Raises UnknownKernel where the named one can't,
+    BadSchedule where the op's ``schedule`` is not one of the kernel's, InternalError where there is none.
     """
-    order = (TritonKernel, Templated, Inline)
-    for kernel in sorted(KERNELS, key=lambda k: order.index(type(k))):
-        serves = not kernel.targets or target in kernel.targets
-        if kernel.op == op.name and serves and not kernel.supports(op):
+    name = op.annotations.get("kernel")
+    kernel = _first(op, target) if name is None else _named(name, op, target)
+    if "schedule" in op.annotations:
+        kernel.schedules(op, target)
+    return kernel
+
+
+def _first(op: Op, target: str) -> Kernel:
+    for kernel in serving(op.name, target):
+        if not kernel.supports(op):
             return kernel
     raise InternalError(f"{op.name}: nothing emits it for {target}")
+
+
+def _named(name: str, op: Op, target: str) -> Kernel:
+    able = [k.name for k in serving(op.name, target) if not k.supports(op)]
+    kernel = _BY_NAME.get(name)
+    instead = f"; for {target} there is {' and '.join(able)}"
+    if kernel is None:
+        hint = nearest(name, able) or nearest(name, _BY_NAME) or instead
+        raise refuse(UnknownKernel, op, f"no kernel is called {name!r}{hint}")
+    if kernel.op != op.name:
+        raise refuse(UnknownKernel, op, f"{name} is a kernel of {kernel.op}{instead}")
+    if kernel.targets and target not in kernel.targets:
+        raise refuse(UnknownKernel, op, f"{name} is for {', '.join(kernel.targets)}, not {target}{instead}")
+    if reasons := kernel.supports(op):
+        raise refuse(UnknownKernel, op, f"{name} can't: {'; '.join(reasons)}{instead}")
+    return kernel
 
 
 for _module in sorted(m.name for m in iter_modules(__path__)):

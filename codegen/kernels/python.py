@@ -90,16 +90,16 @@ def _not_rows_of_fp32(op: Op) -> list[str]:
 def _product(op: str, constants: Any) -> tuple[Templated, Templated]:
     """A product by experts: in fp32 through the kernel of ``linear``, in 16 bits through PyTorch's own."""
     return (
-        _kernel(op, constants, reasons=not_fp32, calls="linear"),
+        _kernel(op, constants, reasons=not_fp32, calls="linear", name=f"onednn.{op}"),
         _kernel(op, lambda op: constants(op) | {"linear": ""}),
     )
 
 
 register(
-    Templated("linear", "python/kernels/linear.py.jinja", reasons=_not_rows_of_fp32),
+    Templated("linear", "python/kernels/linear.py.jinja", reasons=_not_rows_of_fp32, name="onednn.linear"),
     *_product("grouped_linear", lambda op: {"placed": op.operands[3] is not None}),
     *_product("gather_grouped_linear", _gather_grouped_linear),
-    _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"]}, reasons=_fp32),
+    _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"]}, reasons=_fp32, name="torch.rms_norm_in_fp32"),
     _kernel("add_rms_norm", _add_rms_norm),
     _kernel("swiglu", _swiglu),
     _kernel("rope_table", _rope_table),
@@ -115,7 +115,14 @@ register(
     _kernel("cache_write", _cache, in_place=0),
     _kernel("cache_read", _cache),
     _kernel("attention", _attention),
-    Templated("latent_attention", LATENT, _latent_attention, reasons=not_fp32, calls="linear"),
+    Templated(
+        "latent_attention",
+        LATENT,
+        _latent_attention,
+        reasons=not_fp32,
+        calls="linear",
+        name="onednn.latent_attention",
+    ),
     Templated("latent_attention", LATENT, lambda op: _latent_attention(op) | {"linear": "F.linear"}),
     _kernel("dequant"),
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from moec.codegen.kernels.record import Record
 from moec.codegen.render import identifier, render_python
 from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op, Value
@@ -17,21 +18,26 @@ FRAME = "triton/kernel_file.py.jinja"
 
 
 @dataclass(frozen=True)
-class TritonKernel:
+class TritonKernel(Record):
     """``template`` renders a part of a kernel file: Triton functions, their ``Kernel`` declarations, and one
     Python function, called with those of the op's operands that are there.
 
     ``constants(op, device)`` fills the template; ``reasons(op)`` says what is against it; ``helpers`` are
-    templates of Triton functions that all parts of one file share.
+    templates of Triton functions that all parts of one file share. ``ladder(op, device)`` gives the schedules
+    of a kernel that has any, as text.
     """
 
-    op: str
+    family: ClassVar[str] = "triton"
     template: str
     constants: Callable[[Op, GPU], dict[str, Any]]
     reasons: Callable[[Op], list[str]]
     helpers: tuple[str, ...] = ()
     targets: tuple[str, ...] = tuple(GPUS)
     in_place: int | None = None
+    ladder: Callable[[Op, GPU], str] | None = None
+
+    def schedules(self, op: Op, target: str) -> str:
+        return super().schedules(op, target) if self.ladder is None else self.ladder(op, GPUS[target])
 
     def supports(self, op: Op) -> list[str]:
         """Reasons against; none means yes."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.codegen.kernels import register
+from moec.codegen.kernels.record import refuse
 from moec.codegen.kernels.triton import (
     TRITON_TYPES,
     TritonKernel,
@@ -15,8 +16,9 @@ from moec.codegen.kernels.triton import (
     signature_lines,
     tensor,
 )
-from moec.codegen.schedules import Problem, Schedule
+from moec.codegen.schedules import Problem, Schedule, parse_ladder, print_ladder
 from moec.codegen.select import ladder
+from moec.errors import BadSchedule
 from moec.ir.devices import GPU
 from moec.ir.op import Op
 
@@ -76,8 +78,22 @@ def reasons(op: Op) -> list[str]:
 
 
 def constants(op: Op, device: GPU) -> dict[str, Any]:
-    """The template's constants, with the variants that selection picks for ``device``."""
-    return constants_of(op, device, ladder(problem(op), device))
+    """The template's constants, with the variants of the op's schedules, or those picked for ``device``."""
+    return constants_of(op, device, rungs(op, device))
+
+
+def rungs(op: Op, device: GPU) -> list[tuple[float, Schedule]]:
+    """(rows an expert below which, schedule): the op's own ``schedule``, else what the model picks.
+
+    Raises BadSchedule where the op's own can't be read or run.
+    """
+    text = op.annotations.get("schedule")
+    if text is None:
+        return ladder(problem(op), device)
+    try:
+        return parse_ladder(text, problem(op), device)
+    except ValueError as error:
+        raise refuse(BadSchedule, op, f"schedule {error}") from None
 
 
 def constants_of(op: Op, device: GPU, rungs: list[tuple[float, Schedule]]) -> dict[str, Any]:
@@ -126,7 +142,12 @@ def _form(op: Op, device: GPU, form: str, schedules: tuple[Schedule, ...]) -> Fo
 
 def _kernel(op: str) -> TritonKernel:
     return TritonKernel(
-        op, "triton/grouped_linear.py.jinja", constants, reasons, helpers=("triton/grouped_tile.py.jinja",)
+        op,
+        "triton/grouped_linear.py.jinja",
+        constants,
+        reasons,
+        helpers=("triton/grouped_tile.py.jinja",),
+        ladder=lambda op, device: print_ladder(rungs(op, device)),
     )
 
 

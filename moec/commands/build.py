@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import click
@@ -45,6 +46,10 @@ def command(
         report(built, seconds)
 
 
+# How a report calls the families of kernels that emit ops for GPUs.
+FAMILIES = {"triton": "Triton", "torch": "still PyTorch"}
+
+
 def report(built: Any, seconds: float) -> None:
     """What was built, in a few lines."""
     manifest = built.manifest
@@ -52,12 +57,13 @@ def report(built: Any, seconds: float) -> None:
         f"{manifest['name']} for {manifest['target']}, {manifest['dtype']}: {built.path}  ({seconds:.1f} s)"
     )
     for label, value in facts(manifest):
-        click.echo(f"  {label:<12} {value}")
+        for i, line in enumerate(wrap(value, 94)):
+            click.echo(f"  {'' if i else label:<13} {line}")
     dumps = [f.stem for f in built.ir_files]
     between = f", {len(dumps) - 2} more" if len(dumps) > 2 else ""
-    click.echo(f"  {'IR':<12} ir/: {dumps[0]}" + (f"{between}, {dumps[-1]}" if len(dumps) > 1 else ""))
+    click.echo(f"  {'IR':<13} ir/: {dumps[0]}" + (f"{between}, {dumps[-1]}" if len(dumps) > 1 else ""))
     kernels = sum(f.parent.name == "kernels" and f.name != "__init__.py" for f in built.sources)
-    click.echo(f"  {'sources':<12} model.py, weights.py" + (f", {kernels} kernel files" if kernels else ""))
+    click.echo(f"  {'sources':<13} model.py, weights.py" + (f", {kernels} kernel files" if kernels else ""))
 
 
 def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -77,6 +83,9 @@ def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         entry = " × ".join(map(str, cache.entry))
         total = f"{cache.bytes_per_token:,} bytes a token over all layers"
         found.append(("KV cache", f"{entry} elements a token and layer, {total}"))
+    if manifest["device"] == "cuda":
+        emitted = manifest["emitted_by"]
+        found += [(label, ", ".join(emitted.get(family, [])) or "none") for family, label in FAMILIES.items()]
     return found
 
 

@@ -10,22 +10,22 @@ Rows = tuple[list[str], list[list[Any]]]
 
 
 def emitted(target: str) -> Rows:
-    """Each op with the records that emit it for ``target``, in the order in which they are tried."""
+    """Each op with the records that may emit it for ``target``, in the order in which they are tried.
+
+    ``from`` is the first one's template. PyTorch stands where no kernel of our own emits the op yet.
+    """
     from moec import codegen
-    from moec.codegen.kernels import KERNELS, Inline
-    from moec.codegen.kernels.triton import TritonKernel
+    from moec.codegen.kernels import KERNELS, Inline, serving
 
     goal = codegen.target(target)
     rows = []
     for op in sorted({k.op for k in KERNELS}):
-        serving = [k for k in KERNELS if k.op == op and (not k.targets or goal.name in k.targets)]
-        triton = [k for k in serving if isinstance(k, TritonKernel)]
-        if triton:
-            rows.append([op, "Triton", triton[0].template])
-        else:
-            own = [k.template for k in serving if not isinstance(k, Inline)]
-            rows.append([op, "PyTorch", own[0] if own else "an expression"])
-    return ["op", f"on {goal.name}", "from"], rows
+        kernels = serving(op, goal.name)
+        first = kernels[0]
+        source = "an expression" if isinstance(first, Inline) else first.template
+        family = "Triton" if first.family == "triton" else "PyTorch"
+        rows.append([op, family, ", ".join(k.name for k in kernels), source])
+    return ["op", f"on {goal.name}", "kernels, the first that can is taken", "from"], rows
 
 
 def explained(spec: str, target: str, tokens: list[int]) -> Rows:
@@ -44,6 +44,7 @@ def explained(spec: str, target: str, tokens: list[int]) -> Rows:
     if goal.name not in GPUS:
         raise BadOption(f"{target} has one way to run a kernel; --explain is for {', '.join(GPUS)}")
     module = models.lower(models.resolve(spec))
+    module.target = goal.name
     passes.PassManager(passes.pipeline(target=goal.name)).run(module)
     found: dict[Any, str] = {}  # each product once, by the shape that its schedule depends on
     per_token: dict[Any, int] = {}

@@ -19,6 +19,7 @@ from moec.errors import OutputExists, OutputUnwritable
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def command(file: Path, text: str, out: Path | None, plain: bool, force: bool) -> None:
     """Read the IR in FILE, verify it, run passes over it and print the result."""
+    import moec.codegen  # noqa: F401
     from moec.ir import print_module, read_module
     from moec.passes import PassManager, parse_pipeline
 

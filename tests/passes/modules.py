@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+import moec.codegen  # noqa: F401 - the passes select and plan ask its records
 from moec.ir import (
     Builder,
     Function,

@@ -52,11 +52,12 @@ def test_dumps_read_back_and_resume(tmp_path: Path) -> None:
         "002_expert-grouping.moec",
         "003_mla-absorb.moec",
         "004_canonicalise.moec",
+        "005_select.moec",
     ]
     for path in dump.files:
         assert print_module(read_module(path)) == path.read_text(encoding="utf-8")
     resumed = read_module(dump.files[1])
-    PassManager(parse_pipeline("expert-grouping,canonicalise")).run(resumed)
+    PassManager(parse_pipeline("expert-grouping,canonicalise,select")).run(resumed)
     assert print_module(resumed) == print_module(m)
 
 
@@ -71,6 +72,7 @@ def test_events(tmp_path: Path) -> None:
         "expert-grouping",
         "mla-absorb",
         "canonicalise",
+        "select",
     ]
     grouping = written[1]
     assert grouping["changed"] and grouping["seconds"] >= 0

@@ -1,0 +1,106 @@
+"""Emission obeys ``kernel`` and ``schedule``, chosen or edited, and is the same where nobody chose."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from moec import models, passes
+from moec.codegen.emit import emit_python, emitted_by
+from moec.errors import BadSchedule, UnknownKernel
+from moec.ir import Module, parse_module, print_module
+from tests.codegen.packages import TINY, fp8_tiny, moe_layer
+
+
+def optimised(spec: object, target: str, *, level: int = 2, without: tuple[str, ...] = ()) -> Module:
+    module = models.lower(models.resolve(spec))
+    module.target = target
+    passes.PassManager([p for p in passes.pipeline(level, target) if p.name not in without]).run(module)
+    return module
+
+
+def sources(module: Module) -> dict[str, str]:
+    return emit_python(module, module.target, "0.1.0")
+
+
+@pytest.mark.parametrize("target", ["cpu", "sm_90a"])
+@pytest.mark.parametrize("spec", [*TINY, fp8_tiny, moe_layer], ids=lambda s: getattr(s, "__name__", s))
+def test_what_select_writes_is_what_emission_does_without_it(spec: object, target: str) -> None:
+    spec = spec() if callable(spec) else spec
+    for level in (1, 2):
+        chosen = optimised(spec, target, level=level, without=("plan",))
+        assert any("kernel" in op.annotations for f in chosen for op in f.ops)
+        bare = optimised(spec, target, level=level, without=("select", "plan"))
+        assert not any(op.annotations for f in bare for op in f.ops)
+        assert sources(chosen) == sources(bare)
+
+
+def edited_text(old: str, new: str) -> str:
+    text = print_module(optimised(models.preset("deepseek-v3-tiny").with_dtype("bf16"), "sm_90a"))
+    assert old in text
+    return text.replace(old, new)
+
+
+def edited(old: str, new: str) -> Module:
+    return parse_module(edited_text(old, new), "edited.moec")
+
+
+def test_an_edited_kernel_is_emitted() -> None:
+    before = sources(edited("", ""))
+    after = sources(edited("kernel=triton.combine", "kernel=torch.combine"))
+    assert "triton" in before["kernels/combine.py"] and "triton" not in after["kernels/combine.py"]
+    assert "torch.baddbmm" in after["kernels/combine.py"]
+    assert emitted_by(edited("", ""), "sm_90a")["triton"] == [
+        "combine",
+        "gather_grouped_linear",
+        "grouped_linear",
+        "sort_by_expert",
+    ]
+
+
+def ladders(module: Module) -> list[list[tuple[float, str]]]:
+    """What the host picks variants by: (rows an expert below which, tile) for each kernel function."""
+    tree = ast.parse(sources(module)["kernels/grouped_linear.py"])
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith("_LADDER"):
+            rungs = [ast.unparse(item).strip("()").split(", ") for item in node.value.elts]  # type: ignore[attr-defined]
+            found.append([(float(eval(below)), tile.strip("'")) for below, _, tile in rungs])
+    return found
+
+
+def test_an_edited_schedule_is_emitted() -> None:
+    mark = 'kernel=triton.grouped_linear, schedule="'
+    (before,) = ladders(edited("", ""))
+    (after,) = ladders(edited(mark, f"{mark}<0.5 rows: rows 64x64x64 w4 s3; "))
+    assert after == [(0.5, "64x64x64w4s3"), *before]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("kernel=triton.combine", "kernel=triton.combined", UnknownKernel),
+        ("kernel=triton.combine", "kernel=triton.combine, schedule=none", BadSchedule),
+        ("kernel=torch.route", "kernel=torch.route, schedule=none", BadSchedule),
+        (
+            'grouped_linear, schedule="',
+            'grouped_linear, schedule="<1 rows: rows 64x64x64; ',
+            BadSchedule,
+        ),
+        ("layers=0..0", "kernel=torch.call, layers=0..0", UnknownKernel),
+    ],
+)
+def test_the_impossible_is_refused_at_its_line(old: str, new: str, error: type[Exception]) -> None:
+    text = edited_text(old, new)
+    line = next(i for i, written in enumerate(text.splitlines(), 1) if new in written)
+    with pytest.raises(error) as caught:
+        sources(parse_module(text, "edited.moec"))
+    assert str(caught.value.loc) == f"edited.moec:{line}"  # type: ignore[attr-defined]
+
+
+def test_no_two_records_have_one_name() -> None:
+    from moec.codegen.kernels import Inline, register
+
+    with pytest.raises(RuntimeError, match=r"two kernels are called torch\.add"):
+        register(Inline("add", lambda op, args: ""))
