@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 from moec.ir.attrs import Range
 from moec.ir.graph import ENTRIES, Function, Module
 from moec.ir.op import Value
-from moec.ir.ops.control import Loop
 from moec.ir.ops.weights import Bind, Stack
 from moec.ir.types import TensorType
-from moec.ir.weights import WEIGHTS, weights_name
+from moec.ir.weights import WEIGHTS, bindings, bodies_of
 
 Scope = tuple[str, tuple[Range, ...]]
 
@@ -36,21 +36,20 @@ def _scopes(module: Module, entry: str) -> Iterator[tuple[Function, Scope]]:
     """Each function that ``entry`` reaches, once for each scope it runs in."""
     if entry not in module:
         return
-    stack: list[tuple[Function, Scope]] = [(module[entry], ("", ()))]
-    while stack:
-        function, (prefix, ranges) = stack.pop(0)
+    queue: deque[tuple[Function, Scope]] = deque([(module[entry], ("", ()))])
+    while queue:
+        function, (prefix, ranges) = queue.popleft()
         yield function, (prefix, ranges)
-        for op in function.ops:
-            if isinstance(op, Loop):
-                inner_ranges = (*ranges, op.range) if "*" in op.scope else ranges
-                scope = f"{prefix}{op.scope}." if op.scope else prefix
-                stack.append((module[op.callee], (scope, inner_ranges)))
+        for op in function.loops():
+            inner_ranges = (*ranges, op.range) if "*" in op.scope else ranges
+            scope = f"{prefix}{op.scope}." if op.scope else prefix
+            queue.append((module[op.callee], (scope, inner_ranges)))
 
 
 def _params(module: Module, entry: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     for function, (prefix, ranges) in _scopes(module, entry):
         for param in function.params.values():
-            family = [op.experts for op in function.ops if isinstance(op, Stack) and op.family is param]
+            family = [op.experts for op in function.users(param) if isinstance(op, Stack)]
             all_ranges = (*ranges, *family[:1])
             if isinstance(param.type, TensorType):
                 yield (
@@ -67,9 +66,8 @@ def _params(module: Module, entry: str) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def _bound(module: Module) -> Iterator[Any]:
     for function, (prefix, ranges) in _scopes(module, WEIGHTS):
-        for op in function.ops:
-            if isinstance(op, Bind):
-                yield (prefix + op.param, ranges)
+        for name in bindings(function):
+            yield (prefix + name, ranges)
 
 
 def _kind(module: Module, function: Function, value: Value) -> str:
@@ -84,7 +82,7 @@ def _kind(module: Module, function: Function, value: Value) -> str:
         if op.name in ("stack", "concat", "split", "reshape", "cast"):
             after: list[tuple[Function, Value]] = [(function, res) for res in op.results]
         elif isinstance(op, Bind):
-            bodies = [f for f in module if weights_name(f.name) == function.name and f is not function]
+            bodies = bodies_of(module, function.name)
             after = [(f, f.params[op.param]) for f in bodies if op.param in f.params]
         else:
             continue

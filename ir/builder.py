@@ -6,6 +6,7 @@ results.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,14 +20,14 @@ from moec.ir.graph import Function, Module
 from moec.ir.op import Param, Value, op_class
 from moec.ir.types import STATE_TYPES, Dim, DType, IndexType, TensorType, Type
 
-_HERE = Path(__file__).parent
+_HERE = str(Path(__file__).parent) + os.sep
 
 
 def caller() -> SourceLoc:
     """The nearest line outside this folder: the one in the block that asked for an op."""
     frame = sys._getframe(1)
     while frame.f_back is not None and (
-        _HERE in Path(frame.f_code.co_filename).parents
+        frame.f_code.co_filename.startswith(_HERE)
         or frame.f_code.co_filename.startswith("<")
         or frame.f_code.co_filename.endswith("contextlib.py")
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
 import networkx as nx
@@ -125,7 +126,7 @@ def _verify_experts(op: Loop, body: Function) -> None:
 def _verify_layers(function: Function) -> None:
     """Calls that carry one cache run for different layers: else one would overwrite the other's entries."""
     cache_of: dict[Value, Value] = {}  # each version of a cache to the first
-    seen: dict[Value, list[Loop]] = {}
+    seen: dict[Value, list[Loop]] = {}  # of each cache, by their layers, which don't overlap
     for op in function.ops:
         if not isinstance(op, Call):
             continue
@@ -133,14 +134,16 @@ def _verify_layers(function: Function) -> None:
             if not isinstance(after.type, CacheType):
                 continue
             first = cache_of[after] = cache_of.get(before, before)
-            for other in seen.setdefault(first, []):
+            others = seen.setdefault(first, [])
+            place = bisect_left(others, op.range.first, key=lambda other: other.range.first)
+            for other in others[max(place - 1, 0) : place + 1]:
                 if op.range.first <= other.range.last and other.range.first <= op.range.last:
                     raise _broken(
                         op,
                         f"layers {op.range} carry {before.text}, which layers {other.range} of "
                         f"@{other.callee} have written: the two overlap",
                     )
-            seen[first].append(op)
+            others.insert(place, op)
 
 
 def _broken(op: Loop, message: str) -> IRError:

@@ -43,7 +43,7 @@ def mirror(module: Module, caller: str, loop: Op) -> None:
     Entries that run a body alike (``step`` and ``decode``) share one load-time run: they share ``@weights``.
     """
     outer = weights_of(module, caller)
-    if not any(_mirrors(op, loop) for op in outer.ops):
+    if not any(_mirrors(op, loop) for op in _runs(module, outer, loop)):
         attrs = loop.attrs | {"callee": weights_name(loop.attrs["callee"]), "carry": 0}
         outer.create(type(loop)((), attrs, loop.loc))
 
@@ -57,12 +57,17 @@ def unmirror(module: Module, caller: str, loop: Op) -> None:
     if any(weights_name(f.name) == name and op.attrs == loop.attrs for f, op in module.callers(body)):
         return
     outer = module.functions.get(name)
-    for op in outer.ops if outer else []:
+    for op in _runs(module, outer, loop) if outer else []:
         if _mirrors(op, loop):
             outer.erase(op)  # type: ignore[union-attr]
     callee = weights_name(body)
     if callee in module and not module.callers(callee):
         module.remove(callee)
+
+
+def _runs(module: Module, outer: Function, loop: Op) -> list[Op]:
+    """The ops of ``outer`` that run the load-time function of ``loop``'s body."""
+    return [op for f, op in module.callers(weights_name(loop.attrs["callee"])) if f is outer]
 
 
 def _mirrors(op: Op, loop: Op) -> bool:
@@ -79,4 +84,10 @@ def _mirrors(op: Op, loop: Op) -> bool:
 
 def bindings(function: Function) -> dict[str, Bind]:
     """What ``function`` binds, by parameter."""
-    return {op.param: op for op in function.ops if isinstance(op, Bind)}
+    return {op.param: op for op in function.ops_named(Bind.name) if isinstance(op, Bind)}
+
+
+def bodies_of(module: Module, load: str) -> list[Function]:
+    """The functions whose parameters the load-time function ``load`` makes: one, or the entries."""
+    names = [f for f in ENTRIES if f != WEIGHTS] if load == WEIGHTS else [load.removeprefix(f"{WEIGHTS}.")]
+    return [module[name] for name in names if name in module]

@@ -132,13 +132,15 @@ class _Layers:
 
     def __init__(self, b: Builder) -> None:
         self.b = b
-        self._known: list[tuple[Decoder, Op]] = []
+        self._numbers: dict[str, int] = {}  # by name: no smaller number behind it is free
+        self._known: dict[int | None, list[tuple[Decoder, Op]]] = {}  # by the decoder's hash
 
     def add(self, run: _Run, h: Value) -> Value:
         b, keys = self.b, [cache_name(e) for e in run.decoder.cache_entries]
         carried = [h, *(b.context[key] for key in keys)]
         names = ["h", *(stem(v.name) for v in carried[1:])]
-        known = next((op for decoder, op in self._known if decoder == run.decoder), None)
+        alike = self._known.setdefault(_hash(run.decoder), [])
+        known = next((op for decoder, op in alike if decoder == run.decoder), None)
         if known is not None:
             invariants = [v for v in known.operands[len(carried) :] if v is not None]
             body = b.module[known.attrs["callee"]]
@@ -149,18 +151,26 @@ class _Layers:
             y = lower_stream(run.decoder, b, x)
             return [y, *(b.context[key] for key in keys)]
 
-        name = _unused(b.module, f"layer.{_identifier(run.decoder.label)}")
+        name = self._unused(f"layer.{_identifier(run.decoder.label)}")
         after = b.loop("call", run.numbers, "model.layers.*", name, carried, [], write, names)
-        self._known.append((run.decoder, b.function.ops[-1]))
+        call = b.module.callers(name)[0][1]
+        alike.append((run.decoder, call))
         return after[0]
 
+    def _unused(self, name: str) -> str:
+        number = self._numbers.get(name, 1)
+        while (candidate := name if number == 1 else f"{name}{number}") in self.b.module:
+            number += 1
+        self._numbers[name] = number + 1
+        return candidate
 
-def _unused(module: Module, name: str) -> str:
-    number, candidate = 1, name
-    while candidate in module:
-        number += 1
-        candidate = f"{name}{number}"
-    return candidate
+
+def _hash(decoder: Decoder) -> int | None:
+    """None where a user's block has none."""
+    try:
+        return hash(decoder)
+    except TypeError:
+        return None
 
 
 def _forward(layer: Layer, module: Module) -> None:

@@ -25,9 +25,12 @@ def roots(module: Module) -> set[str]:
 
 def effectful(module: Module) -> set[str]:
     """Functions that do more than compute their results: they hold an op with effects, or run one."""
-    found = {f.name for f in module if any(op.effects for op in f.ops)}
-    while more := {f.name for f in module if f.name not in found and any(_runs(op, found) for op in f.ops)}:
-        found |= more
+    todo = [f.name for f in module if any(op.effects for op in f.ops)]
+    found = set(todo)
+    while todo:
+        callers = {f.name for f, _ in module.callers(todo.pop())} - found
+        found |= callers
+        todo += callers
     return found
 
 
@@ -84,9 +87,7 @@ def drop_unrun_functions(module: Module) -> bool:
             reached.add(name)
             todo += graph.successors(name)
     unrun = [name for name in module.functions if name not in reached]
-    for name in unrun:
-        # Its callers are unrun as well: all go.
-        del module.functions[name]
+    module.remove(*unrun)  # whatever runs one of them is unrun as well
     return bool(unrun)
 
 

@@ -13,7 +13,8 @@ from moec.ir import Function, Module, Op, TensorType, Value
 from moec.ir.builder import stem
 from moec.ir.op import OpResult, Param, op_class
 from moec.ir.ops.control import Loop
-from moec.ir.weights import WEIGHTS, bindings, weights_name, weights_of
+from moec.ir.ops.weights import Bind
+from moec.ir.weights import WEIGHTS, bindings, bodies_of, weights_name, weights_of
 from moec.passes.cleanup import roots
 
 
@@ -28,17 +29,23 @@ def emit(module: Module, holder: Function, op_name: str, operands: list[Value], 
     """An op of the load-time function; the one that is there already where it's the same."""
     load = weights_of(module, holder.name)
     new = op_class(op_name)(operands, attrs)
-    for op in load.ops:
-        if (op.name, op.operands, op.attrs) == (op_name, new.operands, new.attrs):
+    for op in _same_operands(load, new):
+        if (op.operands, op.attrs) == (new.operands, new.attrs):
             return op
     return load.create(new, [out])
+
+
+def _same_operands(load: Function, new: Op) -> list[Op]:
+    """Ops called as ``new`` that use its first operand, or without operands all that are called so."""
+    first = next((v for v in new.operands if v is not None), None)
+    return load.ops_named(new.name) if first is None else [u for u in load.users(first) if u.name == new.name]
 
 
 def bind(module: Module, holder: Function, value: Value, name: str) -> Param:
     """The parameter of ``holder`` that ``value`` becomes: called ``name``, unless it is bound already."""
     load = weights_of(module, holder.name)
-    for known in bindings(load).values():
-        if known.x is value:
+    for known in load.users(value):
+        if isinstance(known, Bind):
             return holder.param(known.param, value.type)
     load.create(op_class("bind")([value], {"param": name}))
     return holder.param(name, value.type)
@@ -46,8 +53,7 @@ def bind(module: Module, holder: Function, value: Value, name: str) -> Param:
 
 def fresh_name(module: Module, holder: Function, name: str) -> str:
     """``name``, or ``name.1``, ... where a parameter is called so already."""
-    sharing = [f for f in module if weights_name(f.name) == weights_name(holder.name)]
-    taken = {n for f in sharing for n in f.params}
+    taken = {n for f in bodies_of(module, weights_name(holder.name)) for n in f.params}
     if (load := module.functions.get(weights_name(holder.name))) is not None:
         taken |= {*load.params, *bindings(load)}
     candidate, number = name, 0
@@ -109,8 +115,9 @@ def bound_outside(module: Module, function: str, name: str, callers: Callers | N
     """
     for caller, loop in module.callers(function) if callers is None else callers.get(function, []):
         scope = f"{loop.attrs['scope']}." if loop.attrs["scope"] else ""
-        load, wanted = module.functions.get(weights_name(caller.name)), _regex(scope + name)
-        if load is not None and any(wanted.fullmatch(bound) for bound in bindings(load)):
+        load = module.functions.get(weights_name(caller.name))
+        bound = bindings(load) if load is not None else {}
+        if load is not None and bound and any(map(_regex(scope + name).fullmatch, bound)):
             return f"${name} is bound in @{load.name}, for some of the runs"
         if why := bound_outside(module, caller.name, scope + name, callers):
             return why
@@ -169,9 +176,13 @@ def drop_dead_bindings(module: Module) -> bool:
             bodies = {load.name.removeprefix(f"{WEIGHTS}.")}
         else:
             continue
-        used = [_regex(name) for body in bodies for name in used_parameters(module, body)]
-        for name, op in bindings(load).items():
-            if not any(pattern.fullmatch(name) for pattern in used):
+        bound = bindings(load)
+        if not bound:
+            continue
+        used = {name for body in bodies for name in used_parameters(module, body)}
+        families = [_regex(name) for name in used if "*" in name]
+        for name, op in bound.items():
+            if name not in used and not any(pattern.fullmatch(name) for pattern in families):
                 load.erase(op)
                 changed = True
     return changed
@@ -183,10 +194,9 @@ def used_parameters(module: Module, body: str) -> set[str]:
         return set()
     function = module[body]
     names = {name for name, param in function.params.items() if function.uses(param)}
-    for op in function.ops:
-        if isinstance(op, Loop):
-            scope = f"{op.scope}." if op.scope else ""
-            names |= {scope + name for name in used_parameters(module, op.callee)}
+    for op in function.loops():
+        scope = f"{op.scope}." if op.scope else ""
+        names |= {scope + name for name in used_parameters(module, op.callee)}
     return names
 
 

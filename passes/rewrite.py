@@ -103,13 +103,12 @@ def _replace(m: Match, results: Sequence[Value], pass_name: str) -> None:
     """The root's results become ``results``, and so with the ops that gave way beside it; the matched ops
     that nothing uses any more go."""
     function = m.function
-    place = {op: i for i, op in enumerate(function.ops)}
     names = {op: [r.text for r in op.results] for op in m.ops}
     for old, new in (*m.replaced, *zip(m.root.results, results, strict=True)):
         # A new op takes the old one's name; a value that was there before keeps its own.
         function.replace(old, new, keep_name=isinstance(new, OpResult) and new.op in m.created)
     gone = []
-    for op in sorted(set(m.ops), key=place.__getitem__, reverse=True):  # users before producers
+    for op in sorted(set(m.ops), key=function.position, reverse=True):  # users before producers
         if op is m.root or not (op.effects or any(m.uses(r) for r in op.results)):
             function.erase(op)
             gone.append(op)
