@@ -12,7 +12,7 @@ from typing import Any
 from moec.errors import BadOption, nearest
 from moec.ir.graph import ENTRIES, Module
 from moec.ir.ops.moe import ExpertSlots
-from moec.ir.types import CacheType, TensorType
+from moec.ir.types import CacheType, TensorType, symbol
 from moec.ir.weights import WEIGHTS
 
 CONTEXT = "context"
@@ -83,7 +83,13 @@ def complete(given: dict[str, int], module: Module) -> dict[str, int]:
     if "P" not in sizes:
         sizes["P"] = -(-sizes["S"] // (max(sequences, 1) * _page(module)))
     known = symbols(module)
-    return {name: sizes[name] for name in known if name in sizes}
+    found = {name: sizes[name] for name in known if name in sizes}
+    for function in module:
+        for op in function.ops:
+            if (shares := getattr(op, "shares", None)) is not None:  # of an op that parts a batch
+                parts = shares({symbol(name): size for name, size in sizes.items()})
+                found |= {s.name: int(size) for s, size in parts.items()}
+    return found
 
 
 def _page(module: Module) -> int:

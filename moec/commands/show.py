@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,38 +18,84 @@ from moec.errors import BadOption, NotAPackage, nearest
 @click.option("--function", "functions", multiple=True, help="Only this function; may be repeated.")
 @click.option("--kernel", help="A generated kernel's source instead: its name, as in kernels/NAME.py.")
 @click.option("--plain", is_flag=True, help="Without costs, source lines and the rules that made an op.")
+@click.option(
+    "-O", "opt_level", type=int, help="Of a spec: the IR after this level's passes. Default: naive."
+)
+@click.option(
+    "--target", help="Of a spec with -O, and of --cost: the device. Default: the IR's own, else cpu."
+)
+@click.option("--cost", "cost", is_flag=True, help="What each op takes instead, as formulas or with --at.")
+@click.option("--at", help="Of --cost: sizes, as 'T=4096,S=8192,B=1'; T new tokens, S cached, B sequences.")
+@click.option("--routing", default="uniform", show_default=True, help="Of --cost: or zipf:S, or FILE.npy.")
+@click.option("--figures", default="", help="Of --cost: other figures, as 'bandwidth=3.35e12,bf16=989e12'.")
+@click.option("--tile", type=click.IntRange(1), help="Of --cost: rows a tile of an expert has.")
+@click.option("--json", "as_json", is_flag=True, help="Of --cost: print as JSON.")
 def command(
-    what: str, which: str | None, functions: tuple[str, ...], kernel: str | None, plain: bool
+    what: str,
+    which: str | None,
+    functions: tuple[str, ...],
+    kernel: str | None,
+    plain: bool,
+    opt_level: int | None,
+    target: str | None,
+    cost: bool,
+    as_json: bool,
+    **how: Any,
 ) -> None:
-    """Print IR.
+    """Print IR, or what it costs.
 
     WHAT is a package, a .moec file, or a spec as `moec build` takes it (then the naive IR is shown).
     """
     path = Path(what)
     if kernel is not None:
-        if which is not None or functions:
-            raise click.UsageError("--kernel shows a source file: --pass and --function don't go with it")
+        if which is not None or functions or cost:
+            raise click.UsageError(
+                "--kernel shows a source file: --pass, --function, --cost don't go with it"
+            )
         click.echo(_kernel(path, kernel), nl=False)
         return
-    if which is not None and not (path / "manifest.json").is_file():
-        raise BadOption(f"--pass picks one of a package's dumps, and {what} is no package")
-    from moec.ir import print_module, read_module
+    if not cost and (as_json or how["at"] is not None or how["figures"] or how["tile"]):
+        raise click.UsageError("--at, --figures, --tile and --json are for --cost")
+    module = ir_of(what, which, opt_level, target)
+    if cost:
+        from moec.commands import cost as tables
+
+        tables.show(module, target=target, functions=functions, as_json=as_json, **how)
+        return
+    from moec.ir import print_module
     from moec.ir.text import print_function
 
-    if (path / "manifest.json").is_file():
-        module = read_module(_dump(path, which))
-    elif path.suffix == ".moec":
-        module = read_module(path)
-    else:
-        from moec import models
-
-        if path.is_dir() and what not in models.PRESETS and not (path / "config.json").is_file():
-            raise NotAPackage(f"{what} is a folder with no package and no config.json in it")
-        module = models.lower(models.resolve(what))
     if not functions:
         click.echo(print_module(module, derived=not plain), nl=False)
     for name in functions:
         click.echo(print_function(module[name.removeprefix("@")], module, derived=not plain))
+
+
+def ir_of(what: str, which: str | None, opt_level: int | None, target: str | None) -> Any:
+    """The module of a package (its dump ``which``, the last by default), a .moec file or a spec."""
+    path = Path(what)
+    package = (path / "manifest.json").is_file()
+    if which is not None and not package:
+        raise BadOption(f"--pass picks one of a package's dumps, and {what} is no package")
+    if opt_level is not None and (package or path.suffix == ".moec"):
+        raise BadOption(f"-O is for a spec: the passes over {what} have run")
+    from moec.ir import read_module
+
+    if package:
+        return read_module(_dump(path, which))
+    if path.suffix == ".moec":
+        return read_module(path)
+    from moec import models
+
+    if path.is_dir() and what not in models.PRESETS and not (path / "config.json").is_file():
+        raise NotAPackage(f"{what} is a folder with no package and no config.json in it")
+    module = models.lower(models.resolve(what))
+    if opt_level is not None:
+        from moec import codegen, passes
+
+        module.target = codegen.target(target or "cpu").name
+        passes.PassManager(passes.pipeline(opt_level, module.target)).run(module)
+    return module
 
 
 def _dump(package: Path, which: str | None) -> Path:
