@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ TILE = 64  # rows, where no schedule says otherwise
 DECODE_TOKENS = 8  # new tokens a sequence that @decode takes
 
 
-def entries(module: Module, sizes: dict[str, int]) -> list[str]:
+def entries(module: Module, sizes: Mapping[str, float]) -> list[str]:
     """The functions that a step of these sizes runs: ``@decode`` where there is one and it takes so few."""
     few = sizes.get("N", 0) <= DECODE_TOKENS * sizes.get("B", 1)
     step = "decode" if "decode" in module and few else "step"
@@ -44,7 +44,7 @@ def report(costs: Costs, tile: int | None = None) -> dict[str, Any]:
         "at": dict(costs.sizes),
         "routing": str(costs.routing),
         "routers": [load.__dict__ for load in routers(costs, tile)],
-        "entries": {name: entry_report(costs, name) for name in entries(costs.module, dict(costs.sizes))},
+        "entries": {name: entry_report(costs, name) for name in entries(costs.module, costs.sizes)},
     }
 
 
