@@ -40,10 +40,14 @@ class _Callers:
 
 
 class Module:
-    """Functions by name. ``bounds`` holds the largest value of each symbol, where there is one."""
+    """Functions by name. ``bounds`` holds the largest value of each symbol, where there is one.
+
+    ``ran`` and ``to_run`` are the passes behind and before it, as a pipeline's text; dumps carry them.
+    """
 
     def __init__(self, name: str, target: str = "", bounds: Mapping[str, int] | None = None) -> None:
         self.name, self.target = name, target
+        self.ran = self.to_run = ""
         self.bounds: dict[str, int] = dict(bounds or {})
         self._functions: dict[str, Function] = {}
         self._callers = _Callers()
@@ -105,6 +109,7 @@ class Module:
 
     def clone(self) -> Module:
         new = Module(self.name, self.target, self.bounds)
+        new.ran, new.to_run = self.ran, self.to_run
         for function in self:
             new.add(function.clone())
         return new

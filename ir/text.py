@@ -9,7 +9,8 @@
 
 A module of one function has its two header lines in one: ``moec.ir 1 func @moe(...) -> ... target=...``.
 Costs are given at the symbols' bounds. The parser takes no meaning from what follows ``;`` but keeps an op's
-source line and the rule that made it, so that print, parse, print is the identity.
+source line and the rule that made it, and from a dump's header the passes behind it and before it
+(``; ran=[canonicalise] to_run=[mla-absorb,select]``), so that print, parse, print is the identity.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _ARGUMENT = re.compile(rf"(%{_NAME}): *(.+)")
 _PARAMETER = re.compile(r"(\$[\w.*-]+): *(.+)")
 _BOUND = re.compile(r"([A-Za-z_]\w*)<=(\d{1,18})")
 
+_PASSES = re.compile(r"ran=\[(.*)\] to_run=\[(.*)\]$")
+
 
 # Printing.
 def print_module(module: Module, derived: bool = True) -> str:
@@ -46,6 +49,8 @@ def print_module(module: Module, derived: bool = True) -> str:
     tail = f" target={module.target}" if module.target else ""
     if module.bounds:
         tail += " sym={" + ",".join(f"{n}<={v}" for n, v in sorted(module.bounds.items())) + "}"
+    if derived and (module.ran or module.to_run):
+        tail += f" ; ran=[{module.ran}] to_run=[{module.to_run}]"
     functions = list(module)
     if len(functions) == 1 and functions[0].name == module.name:
         lines = _function_lines(functions[0], module, derived)
@@ -156,13 +161,16 @@ class _Parser:
     def _module(self) -> Module:
         if not self.lines:
             raise self.error("empty: IR starts with 'moec.ir 1'")
-        header = _HEADER.fullmatch(self.next()[0])
+        line, derived = self.next()
+        header = _HEADER.fullmatch(line)
         if header is None:
             raise self.error("IR starts with 'moec.ir 1 module @name' or 'moec.ir 1 func @name(...) -> ...'")
         version, name, single, target, bounds = header.groups()
         if version != str(VERSION):
             raise self.error(f"this is IR version {version}; this moec reads version {VERSION}")
         module = Module(name or "", target.removeprefix(" target="))
+        if passes := _PASSES.search(derived):
+            module.ran, module.to_run = passes.groups()
         for part in split_top(bounds.removeprefix(" sym=")[1:-1]):
             bound = _BOUND.fullmatch(part)
             if bound is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,59 +13,95 @@ import torch
 from moec.errors import InternalError, OutputUnwritable
 from moec.ir import Interpreter, Module, Op, TensorType, print_module
 from moec.ir.ops.attention import PagedCache
+from moec.ir.text import split_top
+from moec.passes.firings import Delta, Prices, Recorder
 from moec.passes.manager import Instrument, PassRun
 
 
 class Dump(Instrument):
-    """Writes ``000_naive.moec`` and, after each pass, ``NNN_pass.moec`` into a folder."""
+    """Writes the IR before the first pass and after each that changed something into a folder.
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    ``NNN_pass.moec`` has the pass's number in the whole pipeline, counted from 1; what no pass has touched
+    is ``000_naive.moec``. ``first`` is another name for the module as it comes.
+    """
+
+    history = True
+
+    def __init__(self, folder: Path | str, first: str = "") -> None:
+        self.folder, self.first = Path(folder), first
         self.files: list[Path] = []
+        self._numbers: list[int] = []
+        self._before = 0  # passes that had run before the first of these
 
     def start(self, module: Module) -> None:
-        self.files = []
-        self._write("naive", module)
+        self.files, self._numbers = [], []
+        ran = split_top(module.ran)
+        self._before = len(ran)
+        name = self.first or (ran[-1].partition("{")[0] if ran else "naive")
+        self._write(0, name, module)
 
     def after(self, run: PassRun, module: Module) -> None:
-        self._write(run.ran.name, module)
+        if run.changed:
+            self._write(run.number, run.ran.name, module)
 
     def replay(self, run: PassRun) -> str:
-        if len(self.files) < run.number:
+        earlier = [f for f, n in zip(self.files, self._numbers, strict=True) if n < run.number]
+        if not earlier:
             return ""
         option = str(run.ran)
         quoted = f"'{option}'" if "{" in option else option
-        return f"moec opt {self.files[run.number - 1]} -p {quoted}"
+        return f"moec opt {earlier[-1]} -p {quoted}"
 
-    def _write(self, name: str, module: Module) -> None:
-        path = self.folder / f"{len(self.files):03d}_{name}.moec"
+    def _write(self, number: int, name: str, module: Module) -> None:
+        path = self.folder / f"{self._before + number:03d}_{name}.moec"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             path.write_text(print_module(module), encoding="utf-8")
         except OSError as error:
             raise OutputUnwritable(f"can't write the IR: {error}") from None
         self.files.append(path)
+        self._numbers.append(number)
 
 
 class Events(Instrument):
-    """A row for each pass: time, ops before and after, rules that fired, rules that didn't and why."""
+    """Rows of what happened, in order: one for each rule that fired, then one for its pass.
 
-    def __init__(self, path: Path | str | None = None) -> None:
+    A firing (``"event": "fired"``): rule, pass, function and how often that runs, the model's line, names of
+    the values matched, read and made, and the difference in ops, launches, bytes, FLOPs and roofline µs of
+    one run, at ``sizes`` of the symbols (by default the module's bounds) on the module's target.
+
+    A pass (``"event": "pass"``): time, ops before and after, rules that fired, rules that didn't and why.
+    """
+
+    def __init__(self, path: Path | str | None = None, sizes: Mapping[str, int] | None = None) -> None:
         self.path = Path(path) if path is not None else None
+        self.sizes = sizes
         self.rows: list[dict[str, Any]] = []
+        self._before = 0
 
     def start(self, module: Module) -> None:
         self.rows = []
+        self._before = len(split_top(module.ran))
+        self._prices = Prices(module, self.sizes)
+
+    def recorder(self, module: Module) -> Recorder:
+        return Recorder(module, self._prices)
 
     def after(self, run: PassRun, module: Module) -> None:
+        number, name = self._before + run.number, str(run.ran)
+        for firing in run.firings:
+            self.rows.append({"event": "fired", "number": number, "pass": name} | firing.as_dict())
         self.rows.append(
             {
-                "number": run.number,
-                "pass": str(run.ran),
+                "event": "pass",
+                "number": number,
+                "pass": name,
                 "changed": run.changed,
                 "seconds": round(run.seconds, 6),
                 "ops_before": run.ops_before,
                 "ops_after": run.ops_after,
+                "delta": sum((f.delta.times(f.runs) for f in run.firings), Delta()).as_dict(),
+                "sizes": self._prices.sizes,
                 "fired": run.fired,
                 "misses": run.misses,
             }
@@ -88,6 +125,7 @@ class Oracle(Instrument):
     each pass:
 
         outputs   {"step.0": error}: each output of each entry
+        sqnr      the lowest of an output, in dB
         values    {"step:%h": error, "layer.moe@model.layers.3.:%xe": ...}: every value that both have by
                   that name and type. A pass may give an old name to another value: an error here is a hint.
 
@@ -115,6 +153,7 @@ class Oracle(Instrument):
         row = {
             "pass": str(run.ran),
             "outputs": errors,
+            "sqnr": min((sqnr(self._outputs[k], v) for k, v in outputs.items()), default=math.inf),
             "values": {
                 k: relative_error(self._values[k][1], v)
                 for k, (type, v) in values.items()
@@ -162,3 +201,23 @@ def relative_error(before: Any, after: Any) -> float:
     finite = before.double().flatten()
     scale = float(finite[finite.isfinite()].abs().max())
     return float((b - a).abs().max()) / max(scale, 1e-30)
+
+
+def sqnr(before: Any, after: Any) -> float:
+    """Signal to quantisation noise in dB: 10 · log10(Σ before² / Σ (after - before)²), over all elements.
+
+    Infinite where nothing differs (two NaNs, or two equal infinities, do not), minus infinite where shapes
+    do or only one element is no finite number. Of a cache, the lowest of its layers."""
+    if isinstance(before, PagedCache):
+        return min((sqnr(t, after.layers[n]) for n, t in before.layers.items()), default=math.inf)
+    if before.shape != after.shape:
+        return -math.inf
+    a, b = before.double().flatten(), after.double().flatten()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool(same.all()):
+        return math.inf
+    if not bool((a[~same].isfinite() & b[~same].isfinite()).all()):
+        return -math.inf
+    noise = float(((a - b)[~same] ** 2).sum())
+    signal = float((a[a.isfinite()] ** 2).sum())
+    return 10 * math.log10(signal / noise) if signal else -math.inf

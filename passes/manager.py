@@ -14,6 +14,8 @@ from typing import Any, ClassVar, TypeVar
 
 from moec.errors import BadOption, InternalError, MoecError, UnknownPass, nearest
 from moec.ir import Module, verify
+from moec.ir.text import split_top
+from moec.passes.firings import Firing, Recorder
 from moec.passes.options import read_options, show_options, split_pipeline
 from moec.passes.pattern import Rules
 from moec.passes.rewrite import Log, rewrite
@@ -113,11 +115,22 @@ class PassRun:
     ops_before: int = 0
     ops_after: int = 0
     fired: dict[str, int] = field(default_factory=dict)
+    firings: list[Firing] = field(default_factory=list)  # where an instrument asked for them
     misses: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Instrument:
-    """Watches a pipeline. Every hook may be left out."""
+    """Watches a pipeline. Every hook may be left out.
+
+    Where one of them wants ``history``, the module says which passes ran and which are to (``Module.ran``);
+    one that came with a history keeps it up anyway.
+    """
+
+    history: ClassVar[bool] = False
+
+    def recorder(self, module: Module) -> Recorder | None:
+        """What is to be told of each rule's firing in the next pass; ``run.firings`` has them after it."""
+        return None
 
     def start(self, module: Module) -> None:
         """Before the first pass."""
@@ -135,6 +148,21 @@ class Instrument:
         return ""
 
 
+class _History:
+    """The passes that ran before and that are to run after, as ``passes`` go on."""
+
+    def __init__(self, passes: Sequence[Pass], module: Module) -> None:
+        self._ran, to_run = split_top(module.ran), split_top(module.to_run)
+        self._mine = [str(each) for each in passes]
+        count = len(self._mine)
+        self._after = to_run[count:] if to_run[:count] == self._mine else to_run
+        self.note(0, module)
+
+    def note(self, done: int, module: Module) -> None:
+        module.ran = ",".join(self._ran + self._mine[:done])
+        module.to_run = ",".join(self._mine[done:] + self._after)
+
+
 class PassManager:
     """Runs ``passes`` in order, verifying after each. Raises BadOption for an order that isn't legal."""
 
@@ -145,11 +173,14 @@ class PassManager:
     def run(self, module: Module) -> list[PassRun]:
         """Rewrites ``module`` in place. An error names the pass and how to run it again alone."""
         verify(module)
+        history = _History(self.passes, module) if self._keeps_history(module) else None
         for instrument in self.instruments:
             instrument.start(module)
         runs = []
         for number, each in enumerate(self.passes, start=1):
             run = PassRun(number, each)
+            if history is not None:
+                history.note(number, module)
             try:
                 self._run_one(run, module)
             except MoecError as error:
@@ -165,16 +196,25 @@ class PassManager:
     def _run_one(self, run: PassRun, module: Module) -> None:
         for instrument in self.instruments:
             instrument.before(run, module)
-        run.ran.log = log = Log()
+        recorder = next((r for i in self.instruments if (r := i.recorder(module)) is not None), None)
+        run.ran.log = log = Log(recorder=recorder)
         run.ops_before = count_ops(module)
         start = time.perf_counter()
-        run.changed = run.ran.run(module)
-        run.seconds = time.perf_counter() - start
+        try:
+            run.changed = run.ran.run(module)
+        finally:
+            run.seconds = time.perf_counter() - start
+            if recorder is not None:
+                recorder.finish()
+                run.firings = recorder.firings
         run.ops_after = count_ops(module)
         run.fired, run.misses = dict(log.fired), [miss.as_dict() for miss in log.misses]
         verify(module)
         for instrument in self.instruments:
             instrument.after(run, module)
+
+    def _keeps_history(self, module: Module) -> bool:
+        return bool(module.ran or module.to_run) or any(i.history for i in self.instruments)
 
     def _note(self, run: PassRun) -> str:
         commands = [c for c in (i.replay(run) for i in self.instruments) if c]

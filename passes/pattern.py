@@ -23,13 +23,16 @@
 op itself, ``.commutes()`` tries both orders of the first two operands, ``.where(check)`` adds a condition,
 a function of the match so far that returns "" or the reason why not.
 
-Matching says why it fails: the first condition that did, with the op that it was about.
+Matching says why it fails: the first condition that did, with the op that it was about, the line of the
+model that made the op, and the line of the rule that says the condition.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Any, Union
 
@@ -48,13 +51,18 @@ ANY = _Any()
 
 @dataclass(frozen=True)
 class Miss:
-    """Why a rule didn't fire at ``op`` (the first condition that failed), and the line that made the op."""
+    """Why a rule didn't fire at ``op`` (the first condition that failed), and the line that made the op.
+
+    ``asked`` is the line of the rule's file that the condition stands in.
+    """
 
     reason: str
     op: Op
     loc: SourceLoc | None
     rule: str = ""
     function: str = ""
+    asked: SourceLoc | None = None
+    checked: int = 0  # conditions that held before
 
     def __str__(self) -> str:
         place = f" ({self.loc.short})" if self.loc is not None else ""
@@ -69,6 +77,7 @@ class Miss:
             "op": repr(self.op),
             "line": line,
             "reason": self.reason,
+            "asked": self.asked.short if self.asked is not None else None,
         }
 
 
@@ -90,6 +99,11 @@ class Match:
         self.created: list[Op] = []
         self.replaced: list[tuple[OpResult, Value]] = []
         self.afterwards: list[Callable[[], None]] = []
+        self.rule_loc: SourceLoc | None = None  # where the pattern is written
+        # Names, once it has fired: of what was matched, what that read from outside, what the root became.
+        self.names: dict[Op, str] = {}
+        self.reads: tuple[str, ...] = ()
+        self.out: tuple[str, ...] = ()
         self.checked = 0  # conditions that held: of two misses, the one that got further says more
 
     def __getitem__(self, name: str) -> Any:
@@ -99,6 +113,17 @@ class Match:
         copy = Match(self.module, self.function, self.root)
         copy.captures, copy.ops, copy.checked = dict(self.captures), list(self.ops), self.checked
         return copy
+
+    @property
+    def matched(self) -> tuple[str, ...]:
+        return tuple(name for names in self.names.values() for name in names.split(",") if name)
+
+    def note_names(self) -> None:
+        """Keeps the names that values have before the rewrite gives them to others."""
+        inside = {r for op in self.ops for r in op.results}
+        self.names = {op: ",".join(r.text for r in op.results) for op in self.ops}
+        read = [v.text for op in self.ops for v in op.operands if v is not None and v not in inside]
+        self.reads = tuple(dict.fromkeys(read))
 
     def uses(self, value: Value) -> int:
         return len(self.function.uses(value))
@@ -172,6 +197,7 @@ class OpPattern(Pattern):
     single_use: bool = False
     commutative: bool = False
     checks: tuple[Check, ...] = ()
+    line: SourceLoc | None = field(default=None, compare=False)  # where it is written
 
     def __post_init__(self) -> None:
         cls = op_class(self.op_name)
@@ -201,15 +227,23 @@ class OpPattern(Pattern):
         if not isinstance(value, OpResult):
             kind = "an argument" if isinstance(value, Argument) else "a parameter"
             what = "absent" if value is None else f"{value.text}, {kind}"
-            return Miss(f"an operand is {what}, not the result of {self.op_name}", user, user.loc)
+            return Miss(
+                f"an operand is {what}, not the result of {self.op_name}", user, user.loc, asked=self.line
+            )
         if value.op.name != self.op_name:
-            return Miss(f"{value.text} comes from {value.op.name}, not {self.op_name}", user, user.loc)
+            reason = f"{value.text} comes from {value.op.name}, not {self.op_name}"
+            return Miss(reason, user, user.loc, asked=self.line)
         if value.index != self.index:
-            return Miss(f"{value.text} is result {value.index} of {self.op_name}", value.op, value.op.loc)
+            reason = f"{value.text} is result {value.index} of {self.op_name}"
+            return Miss(reason, value.op, value.op.loc, asked=self.line)
         return self.match_op(m, value.op)
 
     def match_op(self, m: Match, op: Op) -> Miss | None:
         """None where ``op`` and what it is made of match; the captures are then in ``m``."""
+        miss = self._match_op(m, op)
+        return miss if miss is None or miss.asked is not None else replace(miss, asked=self.line)
+
+    def _match_op(self, m: Match, op: Op) -> Miss | None:
         m.ops.append(op)
         m.checked += 1
         if self.label:
@@ -219,7 +253,7 @@ class OpPattern(Pattern):
             return miss
         for check in self.checks:
             if reason := check(m):
-                return Miss(reason, op, op.loc)
+                return Miss(reason, op, op.loc, asked=check_line(check))
             m.checked += 1
         return None
 
@@ -295,7 +329,9 @@ class _Patterns:
             raise AttributeError(op_name)
 
         def pattern(*operands: Operand, **attrs: Any) -> OpPattern:
-            return OpPattern(op_name, operands, attrs)
+            caller = sys._getframe(1)
+            line = SourceLoc(caller.f_code.co_filename, caller.f_lineno)
+            return OpPattern(op_name, operands, attrs, line=line)
 
         return pattern
 
@@ -306,7 +342,15 @@ P = _Patterns()
 def match(pattern: OpPattern, module: Module, function: Function, op: Op) -> Match | Miss:
     """Matches ``pattern`` with ``op`` as its root, which must be an op of the pattern's name."""
     m = Match(module, function, op)
-    return pattern.match_op(m, op) or m
+    m.rule_loc = pattern.line
+    miss = pattern.match_op(m, op)
+    return m if miss is None else replace(miss, checked=m.checked)
+
+
+def check_line(check: Callable[..., Any]) -> SourceLoc | None:
+    """Where a condition is defined; None for one that no file defines."""
+    code = getattr(inspect.unwrap(getattr(check, "func", check)), "__code__", None)
+    return SourceLoc(code.co_filename, code.co_firstlineno, code.co_name) if code is not None else None
 
 
 def _text(value: Any) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from moec.errors import InternalError
+from moec.errors import InternalError, SourceLoc
 from moec.ir import Function, Module, Op, Value
 from moec.ir.op import OpResult
-from moec.passes.pattern import Match, Miss, Refusal, Rewrite, Rules, match
+from moec.passes.firings import Recorder
+from moec.passes.pattern import Match, Miss, OpPattern, Refusal, Rewrite, Rules, match
+
+Rule = tuple[OpPattern, Rewrite]
 
 # A table that fires more often than this for each op doesn't end: two of its rules undo each other.
 FIRINGS_PER_OP = 100
@@ -17,10 +21,15 @@ FIRINGS_PER_OP = 100
 
 @dataclass
 class Log:
-    """How often each rule fired, and the misses of the last round, in which none did."""
+    """How often each rule fired, and the misses of the last round, in which none did.
+
+    A ``recorder`` is told of each firing; ``tables`` are the rules that were applied.
+    """
 
     fired: Counter[str] = field(default_factory=Counter)
     misses: list[Miss] = field(default_factory=list)
+    tables: dict[str, Rule] = field(default_factory=dict)
+    recorder: Recorder | None = None
 
 
 def rewrite(module: Module, rules: Rules, pass_name: str, log: Log) -> bool:
@@ -28,6 +37,7 @@ def rewrite(module: Module, rules: Rules, pass_name: str, log: Log) -> bool:
 
     New ops carry ``pass_name(%a,%b)`` as their origin: the results of the matched ops that they replaced.
     """
+    log.tables.update(rules)
     by_root: dict[str, list[str]] = {}
     for name, (pattern, _) in rules.items():
         by_root.setdefault(pattern.op_name, []).append(name)
@@ -37,12 +47,14 @@ def rewrite(module: Module, rules: Rules, pass_name: str, log: Log) -> bool:
         before, misses = fired, []
         for function, op in _live_ops(module):
             for name in by_root.get(op.name, ()):
-                found = _try(module, function, op, *rules[name], pass_name)
+                found = attempt(module, function, op, rules[name], pass_name)
                 if isinstance(found, Match):
                     log.fired[name] += 1
+                    if log.recorder is not None:
+                        log.recorder.fire(module, name, found)
                     fired += 1
                     break
-                misses.append(Miss(found.reason, found.op, found.loc, name, function.name))
+                misses.append(replace(found, rule=name, function=function.name))
             if fired > limit:
                 raise InternalError(f"{pass_name}: the rules don't come to an end: {dict(log.fired)}")
         if fired == before:
@@ -77,10 +89,10 @@ class _Watch:
     def replaced(self, function: Function, old: Value, new: Value) -> None: ...
 
 
-def _try(
-    module: Module, function: Function, op: Op, pattern: object, apply: Rewrite, pass_name: str
-) -> Match | Miss:
-    found = match(pattern, module, function, op)  # type: ignore[arg-type]
+def attempt(module: Module, function: Function, op: Op, rule: Rule, pass_name: str) -> Match | Miss:
+    """Fires ``rule`` at ``op`` if it matches; else why not, and nothing is changed."""
+    pattern, apply = rule
+    found = match(pattern, module, function, op)
     if isinstance(found, Miss):
         return found
     params = set(function.params)
@@ -92,18 +104,24 @@ def _try(
         for name in set(function.params) - params:
             function.drop_param(name)
         where = refusal.op or op
-        return Miss(refusal.reason, where, where.loc)
+        return Miss(refusal.reason, where, where.loc, asked=_raised(refusal), checked=found.checked)
     _replace(found, (results,) if isinstance(results, Value) else tuple(results), pass_name)
     for action in found.afterwards:
         action()
     return found
 
 
+def _raised(refusal: Refusal) -> SourceLoc | None:
+    """The line of the rewrite that refused."""
+    frames = traceback.extract_tb(refusal.__traceback__)
+    return SourceLoc(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else None
+
+
 def _replace(m: Match, results: Sequence[Value], pass_name: str) -> None:
     """The root's results become ``results``, and so with the ops that gave way beside it; the matched ops
     that nothing uses any more go."""
     function = m.function
-    names = {op: [r.text for r in op.results] for op in m.ops}
+    m.note_names()
     for old, new in (*m.replaced, *zip(m.root.results, results, strict=True)):
         # A new op takes the old one's name; a value that was there before keeps its own.
         function.replace(old, new, keep_name=isinstance(new, OpResult) and new.op in m.created)
@@ -112,6 +130,7 @@ def _replace(m: Match, results: Sequence[Value], pass_name: str) -> None:
         if op is m.root or not (op.effects or any(m.uses(r) for r in op.results)):
             function.erase(op)
             gone.append(op)
-    origin = f"{pass_name}({','.join(n for op in reversed(gone) for n in names[op])})"
+    m.out = tuple(new.text for new in results)
+    origin = f"{pass_name}({','.join(m.names[op] for op in reversed(gone) if m.names[op])})"
     for op in m.created:
         op.origin = origin

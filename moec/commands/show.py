@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from moec.dumps import find_dump, is_package
 from moec.errors import BadOption, NotAPackage, nearest
 
 
@@ -74,7 +75,7 @@ def command(
 def ir_of(what: str, which: str | None, opt_level: int | None, target: str | None) -> Any:
     """The module of a package (its dump ``which``, the last by default), a .moec file or a spec."""
     path = Path(what)
-    package = (path / "manifest.json").is_file()
+    package = is_package(path)
     if which is not None and not package:
         raise BadOption(f"--pass picks one of a package's dumps, and {what} is no package")
     if opt_level is not None and (package or path.suffix == ".moec"):
@@ -82,7 +83,10 @@ def ir_of(what: str, which: str | None, opt_level: int | None, target: str | Non
     from moec.ir import read_module
 
     if package:
-        return read_module(_dump(path, which))
+        dump, note = find_dump(path, which)
+        if note:
+            click.echo(f"note: {note}", err=True)
+        return read_module(dump)
     if path.suffix == ".moec":
         return read_module(path)
     from moec import models
@@ -96,25 +100,6 @@ def ir_of(what: str, which: str | None, opt_level: int | None, target: str | Non
         module.target = codegen.target(target or "cpu").name
         passes.PassManager(passes.pipeline(opt_level, module.target)).run(module)
     return module
-
-
-def _dump(package: Path, which: str | None) -> Path:
-    """The dump after pass ``which``: by number (``2``, ``002``) or by name, the last of that name."""
-    dumps = sorted((package / "ir").glob("*.moec"))
-    if which is None:
-        return dumps[-1]
-    names = [d.stem.partition("_") for d in dumps]
-    found = [
-        d
-        for d, (number, _, name) in zip(dumps, names, strict=True)
-        if which == name or (which.isdigit() and int(which) == int(number))
-    ]
-    if not found:
-        known = ", ".join(d.stem for d in dumps)
-        raise BadOption(
-            f"{package} has no dump {which!r}{nearest(which, [n for *_, n in names])}; there are {known}"
-        )
-    return found[-1]
 
 
 def _kernel(package: Path, name: str) -> str:

@@ -19,10 +19,10 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def stdout() -> Console:
+def stdout(err: bool = False) -> Console:
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, stderr=err)
     if not console.is_terminal:
         console.width = 1000  # a pipe has no width: don't fold tables
     return console
@@ -55,9 +55,13 @@ def bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    right: Sequence[int] = (),
+    err: bool = False,
 ) -> None:
-    """A plain table on stdout; ``right`` lists the columns of numbers."""
+    """A plain table on stdout, or stderr; ``right`` lists the columns of numbers."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -65,7 +69,7 @@ def table(
     drawn = Table(
         title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, show_edge=False
     )
-    console = stdout()
+    console = stdout(err)
     for number, name in enumerate(columns):
         whole = number == 0 or not console.is_terminal
         drawn.add_column(name, justify="right" if number in right else "left", no_wrap=whole)

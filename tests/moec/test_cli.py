@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from moec import cli as command_line
+from moec.ir import read_module
+from moec.ir.text import split_top
 
 from .conftest import PRESET, Cli
 
@@ -159,14 +162,17 @@ def test_list(cli: Cli, kind: str, member: str) -> None:
 def test_show_prints_a_dump_as_it_is(cli: Cli, built: Path) -> None:
     dumps = sorted((built / "ir").glob("*.moec"))
     assert len(dumps) > 2
-    for number, dump in enumerate(dumps):
-        shown = cli("show", built, "--pass", number)
+    for dump in dumps:
+        shown = cli("show", built, "--pass", dump.stem.partition("_")[0])
         assert (shown.code, shown.out, shown.err) == (0, dump.read_text(), ""), ERRORS_ONLY
         assert cli("show", dump).out == dump.read_text()
     assert cli("show", built).out == dumps[-1].read_text()
     assert cli("show", built, "--pass", "naive").out == dumps[0].read_text()
-    assert cli("show", built, "--pass", "expert-grouping").out == dumps[2].read_text()
-    assert cli("show", built, "--pass", "canonicalise").out == dumps[4].read_text(), "the last of that name"
+    assert cli("show", built, "--pass", "expert-grouping").out == dumps[1].read_text()
+    assert cli("show", built, "--pass", "canonicalise").out == dumps[3].read_text(), "the last of that name"
+    unchanged = cli("show", built, "--pass", "1")
+    assert unchanged.out == dumps[0].read_text()
+    assert unchanged.err == "note: pass 1, canonicalise, changed nothing: this is 000_naive\n"
 
 
 def test_show_of_a_spec_is_its_naive_ir(cli: Cli, pristine: Path) -> None:
@@ -206,26 +212,79 @@ def test_show_refuses_what_is_not_there(cli: Cli, built: Path, tmp_path: Path) -
 
 # opt
 def test_opt_repeats_each_pass_byte_for_byte(cli: Cli, built: Path, tmp_path: Path) -> None:
+    """A dump's header says which passes lead to it from the one before."""
     dumps = sorted((built / "ir").glob("*.moec"))
+    assert len(dumps) > 2
     for before, after in pairwise(dumps):
-        name = after.stem.partition("_")[2]
-        done = cli("opt", before, "-p", name)
+        ran, all_ran = (split_top(read_module(f).ran) for f in (before, after))
+        done = cli("opt", before, "-p", ",".join(all_ran[len(ran) :]))
         assert (done.code, done.err) == (0, "")
-        assert done.out == after.read_text(), f"{name} on {before.name}"
-    names = ",".join(d.stem.partition("_")[2] for d in dumps[1:])
-    assert cli("opt", dumps[0], "-p", names).out == dumps[-1].read_text()
+        assert done.out == after.read_text(), f"{all_ran} on {before.name}"
+    assert cli("opt", dumps[0], "-p", read_module(dumps[-1]).ran).out == dumps[-1].read_text()
     assert cli("opt", dumps[0]).out == dumps[0].read_text()
+
+
+def test_opt_in_a_pipe(cli: Cli, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dump = built / "ir" / "000_naive.moec"
+    first = cli("opt", dump, "-p", "expert-grouping").out
+    monkeypatch.setattr(sys, "stdin", io.StringIO(first))
+    both = cli("opt", dump, "-p", "expert-grouping,canonicalise", "--plain")
+    assert cli("opt", "-", "-p", "canonicalise", "--plain").out == both.out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("nothing"))
+    cli("opt", "-").refused("M0202", "--> <stdin>:1")
+
+
+def test_opt_prints_after_passes(cli: Cli, built: Path) -> None:
+    dump = built / "ir" / "000_naive.moec"
+    run = ("opt", dump, "-p", "mla-absorb,expert-grouping,expert-grouping")
+    plain = cli(*run).out
+
+    def headings(*options: str) -> list[str]:
+        done = cli(*run, *options)
+        assert done.out == plain, "stdout has the result alone"
+        return [line for line in done.err.splitlines() if line.startswith("; after")]
+
+    absorbed, grouped = "; after pass 1, mla-absorb", "; after pass 2, expert-grouping"
+    again = "; after pass 3, expert-grouping, which changed nothing"
+    assert headings("--print-after=changed") == [absorbed, grouped]
+    assert headings("--print-after=all") == [absorbed, grouped, again]
+    assert headings("--print-after=mla-absorb") == [absorbed]
+    assert headings("--print-after=expert-grouping") == [grouped, again]
+    assert "grouped_linear(" in cli(*run, "--print-after=expert-grouping").err
+    cli(*run, "--print-after=mla-absorbs").refused("M0701", "mla-absorbs", "mean mla-absorb")
+
+
+def test_opt_with_instruments(cli: Cli, built: Path, tmp_path: Path) -> None:
+    dump = built / "ir" / "000_naive.moec"
+    run = ("opt", dump, "-p", "expert-grouping,canonicalise,mla-absorb")
+    done = cli(*run, "--time", "--oracle", "--dump", tmp_path / "ir", "--events", tmp_path / "events.jsonl")
+    assert done.code == 0 and done.out == cli(*run).out
+    for word in ("expert-loop 1", "absorb 2", "ms", "dB", "relative error"):
+        assert word in done.err
+    names = [f.name for f in sorted((tmp_path / "ir").iterdir())]
+    assert names == [
+        "000_naive.moec",
+        "001_expert-grouping.moec",
+        "002_canonicalise.moec",
+        "003_mla-absorb.moec",
+    ]
+    assert (tmp_path / "ir" / "003_mla-absorb.moec").read_text() == done.out
+    rows = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert {"expert-loop", "absorb"} <= {row.get("rule") for row in rows}
+    assert cli(*run, "--tolerance", 1).code == 2
+    strict = cli(*run, "--oracle", "--tolerance", 1e-12)
+    assert strict.code == 70 and "expert-grouping changed step.0" in strict.err
 
 
 def test_opt_takes_an_edited_dump(cli: Cli, built: Path, tmp_path: Path) -> None:
     edited = tmp_path / "edited.moec"
-    edited.write_text((built / "ir" / "001_canonicalise.moec").read_text().replace("scale=2.5", "scale=1.5"))
+    edited.write_text((built / "ir" / "000_naive.moec").read_text().replace("scale=2.5", "scale=1.5"))
     text = cli("opt", edited, "-p", "expert-grouping").out
     assert "scale=1.5" in text and "grouped_linear(" in text and "scale=2.5" not in text
 
 
 def test_opt_writes_a_file_and_does_not_overwrite(cli: Cli, built: Path, tmp_path: Path) -> None:
-    dump, file = built / "ir" / "001_canonicalise.moec", tmp_path / "new.moec"
+    dump, file = built / "ir" / "000_naive.moec", tmp_path / "new.moec"
     done = cli("opt", dump, "-o", file, "--plain")
     assert (done.code, done.out, done.err) == (0, "", "")
     plain = file.read_text()
@@ -238,7 +297,7 @@ def test_opt_writes_a_file_and_does_not_overwrite(cli: Cli, built: Path, tmp_pat
 
 
 def test_opt_refuses_a_broken_dump_at_its_line(cli: Cli, built: Path, tmp_path: Path) -> None:
-    lines = (built / "ir" / "001_canonicalise.moec").read_text().splitlines()
+    lines = (built / "ir" / "000_naive.moec").read_text().splitlines()
     at = next(n for n, line in enumerate(lines) if "= route(" in line)
     for old, new, code in (
         ("= route(", "= rout(", "M0205"),

@@ -38,7 +38,7 @@ def test_what_was_built(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     said: list[str] = []
     made = moec.build(PRESET, dtype="f32", progress=said.append)
     assert made.path == Path("build") / PRESET
-    assert [f.name for f in made.ir_files][:2] == ["000_naive.moec", "001_canonicalise.moec"]
+    assert [f.name for f in made.ir_files][:2] == ["000_naive.moec", "002_expert-grouping.moec"]
     assert {f.name for f in made.sources} >= {"model.py", "weights.py", "route.py"}
     assert said[0] == f"lowering {PRESET}" and "pass expert-grouping" in said
     assert isinstance(moec.load(made, "random:0"), moec.LanguageModel)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +12,18 @@ import torch
 from moec.errors import BadOption, InternalError, IRError, OutputUnwritable
 from moec.ir import Module, print_module, read_module
 from moec.ir.op import op_class
-from moec.passes import Dump, Events, Oracle, Pass, PassManager, parse_pipeline, pipeline
+from moec.passes import (
+    Dump,
+    Events,
+    Instrument,
+    Oracle,
+    Pass,
+    PassManager,
+    PassRun,
+    parse_pipeline,
+    pipeline,
+)
+from moec.passes.firings import Prices
 from moec.passes.instruments import relative_error
 from tests.passes.modules import MoE, random_weights, tokens
 
@@ -48,17 +59,52 @@ def test_dumps_read_back_and_resume(tmp_path: Path) -> None:
     names = [path.name for path in dump.files]
     assert names == [
         "000_naive.moec",
-        "001_canonicalise.moec",
         "002_expert-grouping.moec",
-        "003_mla-absorb.moec",
         "004_canonicalise.moec",
         "005_select.moec",
-    ]
+    ], "the others find nothing to change"
     for path in dump.files:
         assert print_module(read_module(path)) == path.read_text(encoding="utf-8")
     resumed = read_module(dump.files[1])
-    PassManager(parse_pipeline("expert-grouping,canonicalise,select")).run(resumed)
+    assert (resumed.ran, resumed.to_run) == ("canonicalise,expert-grouping", "mla-absorb,canonicalise,select")
+    again = Dump(tmp_path / "again")
+    PassManager(parse_pipeline(resumed.to_run), [again]).run(resumed)
     assert print_module(resumed) == print_module(m)
+    assert [(f.name, f.read_text()) for f in again.files] == [(f.name, f.read_text()) for f in dump.files[1:]]
+
+
+def test_a_pass_that_says_it_changed_nothing_changed_nothing() -> None:
+    """Dumps leave such passes out."""
+    m = MoE(layered=True, shared=True).build()
+
+    class Compare(Instrument):
+        seen: ClassVar[set[bool]] = set()
+
+        def start(self, module: Module) -> None:
+            self.text = print_module(module)
+
+        def after(self, run: PassRun, module: Module) -> None:
+            text = print_module(module)
+            assert (text != self.text) == run.changed, run.ran
+            self.text = text
+            self.seen.add(run.changed)
+
+    compare = Compare()
+    for target in ("sm_90a", "cpu"):
+        PassManager(pipeline(3, target), [compare]).run(m)
+    assert compare.seen == {True, False}
+
+
+def test_history_through_a_changed_order(tmp_path: Path) -> None:
+    """A pass that the dump doesn't name as its next one is put in; the others stay to run."""
+    m = MoE().build()
+    PassManager(parse_pipeline("expert-grouping,canonicalise,permute-fusion"), [Dump(tmp_path)]).run(m)
+    m = read_module(tmp_path / "001_expert-grouping.moec")
+    PassManager(parse_pipeline("mla-absorb")).run(m)
+    assert (m.ran, m.to_run) == ("expert-grouping,mla-absorb", "canonicalise,permute-fusion")
+    PassManager(parse_pipeline("canonicalise")).run(m)
+    assert (m.ran, m.to_run) == ("expert-grouping,mla-absorb,canonicalise", "permute-fusion")
+    assert m.clone().ran == m.ran
 
 
 def test_events(tmp_path: Path) -> None:
@@ -67,18 +113,61 @@ def test_events(tmp_path: Path) -> None:
     runs = PassManager(pipeline(2), [events]).run(m)
     written = [json.loads(line) for line in (tmp_path / "build" / "events.jsonl").read_text().splitlines()]
     assert written == events.rows
-    assert [row["pass"] for row in written] == [
-        "canonicalise",
-        "expert-grouping",
-        "mla-absorb",
-        "canonicalise",
-        "select",
+    passes = [row for row in written if row["event"] == "pass"]
+    assert [(row["number"], row["pass"]) for row in passes] == [
+        (1, "canonicalise"),
+        (2, "expert-grouping"),
+        (3, "mla-absorb"),
+        (4, "canonicalise"),
+        (5, "select"),
     ]
-    grouping = written[1]
+    grouping = passes[1]
     assert grouping["changed"] and grouping["seconds"] >= 0
     assert grouping["fired"] == {"expert-loop": 1, "gate-up": 1, "grouped-gate-up": 1}
     assert (grouping["ops_before"], grouping["ops_after"]) == (runs[1].ops_before, runs[1].ops_after)
-    assert {"rule", "function", "op", "line", "reason"} == set(grouping["misses"][0])
+    assert {"rule", "function", "op", "line", "reason", "asked"} == set(grouping["misses"][0])
+
+
+def test_a_row_for_each_firing() -> None:
+    """Prices by hand: 2 layers of 4 experts, 2 choices, 8 wide inside 6, at N = 10 on the cpu target."""
+    m = MoE(layered=True).build()
+    events = Events(sizes={"N": 10})
+    PassManager(pipeline(2), [events]).run(m)
+    fired = [row for row in events.rows if row["event"] == "fired"]
+    names = [(row["number"], row["rule"]) for row in fired]
+    assert names == [(2, "expert-loop"), (2, "grouped-gate-up"), (4, "combine-dtype")]
+    loop, gate_up, _ = fired
+    assert (loop["pass"], loop["function"], loop["runs"]) == ("expert-grouping", "layer", 2)
+    assert loop["line"].startswith("modules.py:") and loop["rule_line"].startswith("expert_grouping.py:")
+    # What was an op a choice and expert is one for all: 7 ops a run of a body that ran 4 times, and a zero.
+    assert loop["delta"]["launches"] == 7 - (4 * 7 + 1)
+    assert loop["gone"][0].startswith("for_each(") and loop["made"][-1].startswith("combine(")
+    assert gate_up["matched"] == ["%h", "%g", "%u"] and gate_up["out"] == ["%h"]
+    assert set(gate_up["reads"]) == {
+        "%rows", "%off", "$mlp.experts.gate_proj.weight", "$mlp.experts.up_proj.weight"
+    }  # fmt: skip
+    # One product less reads its rows (8 wide) and offsets; a choice's row has 4-byte elements.
+    saved = {"ops": -1, "launches": -1, "bytes": -(20 * 8 * 4 + 5 * 4), "flops": 0}
+    us = -(20 * 8 * 4 + 5 * 4) / 50e9 * 1e6
+    assert gate_up["delta"] == saved | {"us": pytest.approx(us, abs=1e-3)}
+    row = next(row for row in events.rows if row["event"] == "pass" and row["number"] == 2)
+    assert row["delta"]["launches"] == 2 * (loop["delta"]["launches"] + gate_up["delta"]["launches"])
+    assert row["sizes"] == {"N": 10}
+
+
+def test_the_deltas_add_up() -> None:
+    """What each firing saves is, over all passes, what the module costs less."""
+    m = MoE(layered=True, shared=True).build()
+    before = Prices(m).costs.function("forward")
+    events = Events()
+    PassManager(pipeline(2, "sm_90a"), [events]).run(m)
+    after = Prices(m).costs.function("forward")
+    deltas = [row["delta"] for row in events.rows if row["event"] == "pass"]
+    for key in ("launches", "bytes", "flops"):
+        change = getattr(after, key) - getattr(before, key)
+        assert sum(d[key] for d in deltas) == pytest.approx(change, abs=1), key
+    us = (after.seconds - before.seconds) * 1e6
+    assert sum(d["us"] for d in deltas) == pytest.approx(us, abs=1e-2) and us < 0
 
 
 def test_misses_name_the_users_line() -> None:
@@ -131,7 +220,8 @@ def test_an_error_names_the_pass_and_the_replay(how: str, kind: type[Exception],
     manager = PassManager([*parse_pipeline("canonicalise"), Break(how)], [Dump(tmp_path)])
     with pytest.raises(kind) as caught:
         manager.run(m)
-    replay = f"after pass break; replay: moec opt {tmp_path}/001_canonicalise.moec -p break"
+    # canonicalise changes nothing here: what it was given is what it leaves
+    replay = f"after pass break; replay: moec opt {tmp_path}/000_naive.moec -p break"
     assert replay in str(caught.value)
     if how == "crash":
         assert "break failed: ZeroDivisionError: by nothing" in str(caught.value)
