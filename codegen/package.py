@@ -17,7 +17,7 @@ from moec.codegen.parameters import manifest_tensors
 from moec.codegen.targets import Target
 from moec.errors import OutputExists, OutputUnwritable
 from moec.ir.graph import Module
-from moec.ir.op import Value
+from moec.ir.op import Op, Value
 from moec.ir.ops.control import Loop
 from moec.ir.types import CacheType
 
@@ -108,6 +108,7 @@ def write_package(
         **about,
         "entries": entries(module),
         "caches": caches(module),
+        "routed_layers": routed_layers(module),
         "kernels": kernels,
         "emitted_by": emitted_by(module, target.name),
         **manifest_tensors(module),
@@ -139,6 +140,24 @@ def entries(module: Module) -> dict[str, Any]:
                 "returns": [str(v.type) for v in function.outputs],
             }
     return found
+
+
+def routed_layers(module: Module) -> list[int]:
+    """The layers whose experts are chosen by a router, in the order in which a step runs them.
+
+    A layer that is compiled alone is number 0.
+    """
+    entry = module["step" if "step" in module else "forward"]
+    found = [0 for op in entry.ops if _routes(op)]
+    for op in entry.ops:
+        if isinstance(op, Loop) and op.callee in module:
+            each = sum(_routes(inner) for inner in module[op.callee].ops)
+            found += [number for number in op.range for _ in range(each)]
+    return found
+
+
+def _routes(op: Op) -> bool:
+    return {"w", "id"} <= {result.name for result in op.result_specs}
 
 
 def caches(module: Module) -> list[dict[str, Any]]:

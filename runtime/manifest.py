@@ -110,6 +110,7 @@ _FIELDS: dict[str, Rule] = {
     "options": lambda value: isinstance(value, dict),
     "entries": _map(_record(args=_list(_pair(_text, _text)), returns=_list(_text))),
     "caches": _caches,
+    "routed_layers": _list(_count),
     "parameters": _tensors(bound=lambda value: isinstance(value, bool)),
     "checkpoint": _tensors(kind=_text),
     "ignored": _list(_pair(_pattern, _text)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from moec.runtime.dtypes import DTYPES
 from moec.runtime.generate import Generation, Prompts
 from moec.runtime.launch import preload
 from moec.runtime.package import Package
+from moec.runtime.routing import RoutingTrace, recording
 from moec.runtime.sampling import Sampling
 from moec.runtime.triton_mode import require_interpreter
 from moec.runtime.values import whole
@@ -49,6 +51,14 @@ class Loaded:
             raise BadInput(f"cache must be one that new_cache made, not {type(cache).__name__}")
         if cache.specs != self.cache_specs:
             raise BadInput(f"the cache is another model's: {self.name} keeps other entries, or other layers'")
+
+    def record_routing(self) -> AbstractContextManager[RoutingTrace]:
+        """Keeps what the routers choose: ``with model.record_routing() as trace: model.generate(...)``.
+
+        ``trace.steps`` has each step's weights and ids, a layer at a time; ``trace.save(file)`` writes them.
+        Raises BadInput where no layer routes.
+        """
+        return recording(self._code, tuple(self.manifest["routed_layers"]))
 
     @property
     def page(self) -> int:

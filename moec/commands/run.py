@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import click
 
 from moec.commands import ui
-from moec.errors import BadInput, NotAPackage
+from moec.errors import BadInput, BadOption, NotAPackage, OutputExists, OutputUnwritable
 
 
 class Tokenizer(Protocol):
@@ -90,6 +91,13 @@ def tokenizer_of(weights: str, vocab: int) -> Tokenizer:
 @click.option("--top-p", default=1.0, show_default=True, help="Keep the best tokens that together reach p.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--allow-edited", is_flag=True, help="Also a package whose files were edited.")
+@click.option(
+    "--record-routing",
+    "trace",
+    type=click.Path(path_type=Path),
+    help="Write what the routers chose, FILE.npy.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing trace.")
 def command(
     package: Path,
     prompt: str | None,
@@ -97,12 +105,39 @@ def command(
     ids: str | None,
     max_new_tokens: int,
     allow_edited: bool,
+    trace: Path | None,
+    force: bool,
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in PACKAGE, printing tokens as they come."""
     if (prompt is None) == (ids is None):
         raise click.UsageError("give a PROMPT, or --ids")
+    if trace is not None:
+        _check_trace(trace, force)
     model = load(package, weights, allow_edited)
+    with model.record_routing() if trace is not None else nullcontext() as recorded:
+        _continue(model, prompt, ids, weights, max_new_tokens, sampling)
+    if trace is not None and recorded is not None:
+        recorded.save(trace)
+
+
+def _check_trace(file: Path, force: bool) -> None:
+    if file.suffix != ".npy":
+        raise BadOption(f"--record-routing {file}: a trace is a .npy file")
+    if file.exists() and not force:
+        raise OutputExists(f"{file} exists; --force replaces it")
+    if not file.parent.is_dir():
+        raise OutputUnwritable(f"can't write {file}: {file.parent} is no folder")
+
+
+def _continue(
+    model: Any,
+    prompt: str | None,
+    ids: str | None,
+    weights: str,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+) -> None:
     eos = model.manifest["eos"]
     if ids is not None:
         tokens = model.stream([_ids(ids)], max_new_tokens, eos_token_id=eos, **sampling)

@@ -162,3 +162,17 @@ def resize(checkpoint: Path, vocab: int) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = tensors[name][:vocab].contiguous()
     save_file(tensors, file)
+
+
+def test_a_trace_of_the_routing_is_written_and_read_again(cli: Cli, built: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.npy"
+    run = ("run", built, "--ids", "1,2,3", "-n", "4", "--weights", "random:0")
+    plain = cli(*run)
+    assert cli(*run, "--record-routing", trace).out == plain.out
+    shown = cli("show", built, "--cost", "--at", "T=2", "--routing", trace)
+    assert "routing trace.npy: " in shown.out
+    cli("show", built, "--cost", "--at", "T=7", "--routing", trace).refused("M0701", "holds 6 tokens")
+    cli(*run, "--record-routing", trace).refused("M0501", "--force replaces it")
+    assert cli(*run, "--record-routing", trace, "--force").code == 0
+    cli(*run, "--record-routing", tmp_path / "trace.bin").refused("M0701", "a trace is a .npy file")
+    cli(*run, "--record-routing", tmp_path / "a" / "b.npy").refused("M0502", "can't write")
