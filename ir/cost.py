@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from moec.ir.graph import Function, Module
 from moec.ir.op import Cost, Op, Param
 from moec.ir.ops.control import Loop
-from moec.ir.ops.moe import ExpertSlots
+from moec.ir.ops.moe import ExpertProduct, ExpertSlots
 from moec.ir.routing import active
 from moec.ir.types import TensorType, symbol
 
@@ -47,22 +49,49 @@ def rows_each(chosen: ExpertSlots, experts: int) -> tuple[Any, Any]:
     return running, tokens * k / running
 
 
-def parameters(module: Module, function: str) -> int:
-    """Elements of all parameters that ``function`` uses, its bodies included; a shared one counts once."""
-    sizes: dict[str, int] = {}
+def parameters(module: Module, *functions: str) -> int:
+    """Elements of all parameters that ``functions`` use, their bodies included; a shared one counts once."""
+    return sum(int(param_elements(param)) for param, _ in _parameters(module, functions).values())
 
-    def walk(name: str, prefixes: list[str]) -> None:
+
+def active_parameters(module: Module, *functions: str) -> int:
+    """As ``parameters``, but of a layer's experts only as many as a token chooses."""
+    uses = _parameters(module, functions).values()
+    return round(sum(int(param_elements(param)) * share for param, share in uses))
+
+
+def parameter_bytes(module: Module, *functions: str) -> int:
+    """As ``parameters``: their bytes, scales included."""
+    uses = _parameters(module, functions).values()
+    return sum(int(p.type.nbytes) for p, _ in uses if isinstance(p.type, TensorType))
+
+
+def _parameters(module: Module, functions: Iterable[str]) -> dict[str, tuple[Param, Fraction]]:
+    """By full name: the parameter, and the share of it that one token uses."""
+    found: dict[str, tuple[Param, Fraction]] = {}
+
+    def walk(name: str, prefixes: list[str], share: Fraction) -> None:
         body = module[name]
         for param in body.params.values():
-            for prefix in prefixes:
-                sizes[prefix + param.name] = int(param_elements(param))
+            of_param = share * min((_share(op) for op, _ in body.uses(param)), default=Fraction(1))
+            found.update({prefix + param.name: (param, of_param) for prefix in prefixes})
         for op in body.ops:
-            if isinstance(op, Loop):
+            if isinstance(op, Loop) and op.callee in module:
                 inner = [p + op.prefix(n) for p in prefixes for n in op.range]
-                walk(op.callee, inner)
+                chosen = expert_slots(module[op.callee])
+                each = Fraction(int(chosen.id.type.shape[1]), len(op.range)) if chosen else Fraction(1)
+                walk(op.callee, inner, share * each)
 
-    walk(function, [""])
-    return sum(sizes.values())
+    for function in functions:
+        walk(function, [""], Fraction(1))
+    return found
+
+
+def _share(op: Op) -> Fraction:
+    """Of an op's weights, those that one token uses."""
+    if isinstance(op, ExpertProduct) and (choices := op.choices()) is not None:
+        return min(Fraction(int(choices[0]), int(op.w.type.shape[0])), Fraction(1))
+    return Fraction(1)
 
 
 def param_elements(param: Param) -> Any:

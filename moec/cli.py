@@ -22,6 +22,7 @@ COMMANDS = {
     "build": ("build", "Compile a model spec into a package."),
     "list": ("list", "List models, targets, passes, ops or kernels."),
     "show": ("show", "Print the IR of a spec or package, or a generated kernel."),
+    "compare": ("compare", "Put models side by side: weights, FLOPs, cache, decode floor."),
     "opt": ("opt", "Read IR, run passes over it, print IR."),
     "verify": ("verify", "Compare a package with the reference interpreter."),
     "run": ("run", "Continue a prompt."),
