@@ -20,12 +20,12 @@ from moec.ir.graph import ENTRIES, Function, Module
 from moec.ir.op import Op, OpResult, Param, Value
 from moec.ir.ops.control import Loop
 from moec.ir.ops.weights import Bind, Stack
-from moec.ir.types import STATE_TYPES
+from moec.ir.types import STATE_TYPES, TensorType
 from moec.ir.weights import WEIGHTS
 
 WIDTH = 110
 # What generated functions use beside their own names.
-PYTHON = {"params", "take", "bind", "torch", "F", "range"}
+PYTHON = {"params", "take", "bind", "torch", "F", "range", "map", "zip", "Scaled"}
 
 
 @dataclass
@@ -46,7 +46,9 @@ class Kernels:
         self.target = target
         self.files: dict[str, list[str]] = {}
         self.triton: dict[str, TritonKernel] = {}  # the files that hold Triton
-        self.imports: dict[str, list[str]] = {}  # by file: the kernel functions of other files that it calls
+        self.imports: dict[
+            str, dict[str, str]
+        ] = {}  # by file: which kernel functions of which files it calls
         self._names = Names(functions)
         self._by_constants: dict[str, str] = {}
 
@@ -57,8 +59,9 @@ class Kernels:
         constants = record.constants(op)
         if record.calls:
             called = next(k for k in KERNELS if k.op == record.calls and isinstance(k, Templated))
-            constants |= {record.calls: self._rendered(called, {})}
-            self.imports[identifier(op.name)] = [constants[record.calls]]
+            name = self._rendered(called, record.called(op))
+            constants |= {record.calls: name}
+            self.imports.setdefault(self._stem(op.name, self.triton), {})[name] = identifier(called.op)
         return self._rendered(record, constants)
 
     def _rendered(self, record: Templated, constants: dict[str, Any]) -> str:
@@ -93,9 +96,8 @@ class Kernels:
             if stem in self.triton:
                 source = kernel_file(self.triton[stem], parts, self.target)
             else:
-                source = render_python(
-                    "python/kernel_file.py.jinja", op=stem, parts=parts, imports=self.imports.get(stem, [])
-                )
+                imports = {n: file for n, file in self.imports.get(stem, {}).items() if file != stem}
+                source = render_python("python/kernel_file.py.jinja", op=stem, parts=parts, imports=imports)
             files[f"kernels/{stem}.py"] = source
         return files
 
@@ -170,7 +172,12 @@ class FunctionEmitter:
         self.used.add(name)
         if record.in_place is not None:
             self.names.alias(op.results[0], op.operands[record.in_place])
-        return name, [str(o) for o in operands if o is not None]
+        return name, [
+            part
+            for value, text in zip(op.operands, operands, strict=True)
+            if value is not None
+            for part in ([f"{text}.q", f"{text}.scale"] if has_scales(value) else [str(text)])
+        ]
 
     def _assign(self, op: Op, expression: str, args: list[str] | None) -> None:
         fresh = [r for r in op.results if r not in self.names]
@@ -223,6 +230,10 @@ class FunctionEmitter:
             self.names.alias(after, before)
             return self.names[after]
         return self.names.add(after, after.name)
+
+
+def has_scales(value: Value) -> bool:
+    return isinstance(value.type, TensorType) and value.type.scale is not None
 
 
 def wrap_call(head: str, args: list[str]) -> list[str]:

@@ -13,6 +13,9 @@ from moec.ir.ops.weights import Bind, Stack
 from moec.ir.types import TensorType
 from moec.ir.weights import WEIGHTS, bindings, bodies_of
 
+# What only moves elements, or writes them in another way.
+MOVES = {"stack", "concat", "split", "reshape", "cast", "scaled", "quant", "dequant", "refine"}
+
 Scope = tuple[str, tuple[Range, ...]]
 
 
@@ -20,7 +23,8 @@ def manifest_tensors(module: Module) -> dict[str, list[dict[str, Any]]]:
     """``parameters``: what the kernels use; ``checkpoint``: what is read for it.
 
     Each entry has name (``model.layers.*.mlp.gate.weight``), ranges (first and last of each ``*``), dtype,
-    shape and kind: ``norm``, ``bias``, ``scale`` or ``matrix``, by which random weights are drawn.
+    shape (and scale, the shape of its scales, of a scaled one) and kind: ``norm``, ``bias``, ``scale`` or
+    ``matrix``, by which random weights are drawn.
     """
     used = {key: entry for name in ENTRIES if name != WEIGHTS for key, entry in _params(module, name)}
     bound = set(_bound(module))
@@ -59,6 +63,7 @@ def _params(module: Module, entry: str) -> Iterator[tuple[Any, dict[str, Any]]]:
                         "ranges": [[r.first, r.last] for r in all_ranges],
                         "dtype": str(param.type.dtype),
                         "shape": list(param.type.shape),
+                        **({"scale": list(param.type.scale_shape)} if param.type.scale else {}),
                         "kind": _kind(module, function, param),
                     },
                 )
@@ -77,9 +82,9 @@ def _kind(module: Module, function: Function, value: Value) -> str:
             return "norm"
         if op.name in ("linear", "route") and op.operand_specs[number].name == "bias":
             return "bias"
-        if op.name == "dequant" and number == 1:
+        if op.name == "scaled" and number == 1:
             return "scale"
-        if op.name in ("stack", "concat", "split", "reshape", "cast"):
+        if op.name in MOVES:
             after: list[tuple[Function, Value]] = [(function, res) for res in op.results]
         elif isinstance(op, Bind):
             bodies = bodies_of(module, function.name)

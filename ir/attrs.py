@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 
 from moec.errors import ParseError
-from moec.ir.types import DTYPES, DType, as_dim, format_dim, parse_dim
+from moec.ir.types import DTYPES, DType, as_dim, format_block, format_dim, parse_block, parse_dim
 
 _WORD = re.compile(r"[A-Za-z_@*][\w.@*+-]*")
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -125,10 +125,10 @@ DIMS = Kind(
 )
 BLOCK = Kind(
     "block",
-    lambda v: _all_ints(v) and len(v) > 0 and min(v) > 0,
-    lambda v: "x".join(map(str, v)),
-    lambda t: tuple(map(int, t.split("x"))),
-    "`128x128`",
+    lambda v: _all_ints(v) and len(v) > 0 and min(v) >= 0,
+    format_block,
+    parse_block,
+    "`128x128`; `1x*`: `*` is the whole axis",
 )
 NUMBERS = Kind(
     "numbers",

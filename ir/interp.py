@@ -17,7 +17,8 @@ from moec.ir.op import Op, Param, Value
 from moec.ir.ops.attention import PagedCache
 from moec.ir.ops.control import Loop
 from moec.ir.ops.weights import Bind, Stack
-from moec.ir.types import CacheType, Dim, TensorType, Type, as_dim, format_dim
+from moec.ir.scaled import Scaled
+from moec.ir.types import CacheType, Dim, TensorType, Type, as_dim, format_block, format_dim
 
 Observer = Callable[[str, Op, str, tuple[Any, ...]], None]
 
@@ -34,8 +35,8 @@ class Interpreter:
         self.module, self.observe = module, observe
         self._checkpoint = weights
         # Load-time functions read the checkpoint only, whatever has been bound before them.
-        self._bound: dict[str, torch.Tensor] = {}
-        self._made: dict[str, torch.Tensor] = {}
+        self._bound: dict[str, torch.Tensor | Scaled] = {}
+        self._made: dict[str, torch.Tensor | Scaled] = {}
         if "weights" in module:
             with torch.no_grad():
                 self._run(module["weights"], (), "", {})
@@ -87,7 +88,7 @@ class Interpreter:
             return ()
         attrs = {key: _resolve(value, symbols) for key, value in op.attrs.items()}
         results = type(op).reference(*operands, **attrs)
-        return results if isinstance(results, tuple) else (results,)
+        return results if type(results) is tuple else (results,)
 
     def _value(self, value: Value, op: Op | None, values: dict[Value, Any], scope: str) -> Any:
         if not isinstance(value, Param):
@@ -96,13 +97,17 @@ class Interpreter:
             return [self._param(scope + value.name.replace("*", str(n)), value.type) for n in op.experts]
         return self._param(scope + value.name, value.type)
 
-    def _param(self, name: str, type: Type) -> torch.Tensor:
+    def _param(self, name: str, type: Type) -> torch.Tensor | Scaled:
         tensor = self._bound.get(name)
         if tensor is None:
             if name not in self._checkpoint:
                 raise WeightsMissing(f"no weight is called {name}")
             tensor = self._checkpoint[name]
         wanted = _tensor_type(type)
+        if isinstance(tensor, Scaled) or wanted.scale:
+            if not _is_scaled(tensor, wanted) or tuple(tensor.q.shape) != wanted.shape:  # type: ignore[union-attr]
+                raise WeightsMisshapen(f"{name} is {_found(tensor)} but {type} is wanted")
+            return tensor
         if tuple(tensor.shape) != wanted.shape:
             raise WeightsMisshapen(f"{name} is {list(tensor.shape)} but {type} is wanted")
         if tensor.dtype != wanted.dtype.torch and not (
@@ -136,6 +141,7 @@ def _resolve(value: Any, symbols: dict[Any, int]) -> Any:
 
 def _learn(value: Value, actual: Any, symbols: dict[Any, int]) -> None:
     """Takes what an argument's axes of one bare symbol say, so that ``B+1`` can come before ``B``."""
+    actual = actual.q if isinstance(actual, Scaled) else actual
     if isinstance(value.type, TensorType) and isinstance(actual, torch.Tensor):
         for dim, size in zip(value.type.shape, actual.shape, strict=False):
             if isinstance(dim, sympy.Symbol):
@@ -149,15 +155,34 @@ def _unify(value: Value, actual: Any, symbols: dict[Any, int]) -> None:
         _check_cache(value, type, actual)
     if not isinstance(type, TensorType):
         return
+    if type.scale:
+        if not _is_scaled(actual, type):
+            raise BadInput(f"{value.text} is {type} but got {_found(actual)}")
+        actual = actual.q
     if not isinstance(actual, torch.Tensor) or actual.dtype != type.dtype.torch or actual.dim() != type.rank:
-        found = f"{actual.dtype} {list(actual.shape)}" if isinstance(actual, torch.Tensor) else repr(actual)
-        raise BadInput(f"{value.text} is {type} but got {found}")
+        raise BadInput(f"{value.text} is {type} but got {_found(actual)}")
     for dim, size in zip(type.shape, actual.shape, strict=True):
         if not _fits(dim, size, symbols):
             known = ", ".join(f"{s} = {symbols[s]}" for s in sorted(symbols, key=str))
             raise BadInput(
                 f"{value.text} is {type} but got {list(actual.shape)}" + (f"; {known}" if known else "")
             )
+
+
+def _is_scaled(actual: Any, type: TensorType) -> bool:
+    """Whether a run-time value is a pair as ``type`` says; its sizes decide how many scales there are."""
+    if not isinstance(actual, Scaled) or actual.block != type.scale or actual.scale.dtype != torch.float32:
+        return False
+    if actual.q.dtype != type.dtype.torch or actual.q.dim() != type.rank:
+        return False
+    return tuple(actual.scale.shape) == type.with_(shape=tuple(actual.q.shape), groups=None).scale_shape
+
+
+def _found(actual: Any) -> str:
+    if isinstance(actual, Scaled):
+        scales = f"scales {list(actual.scale.shape)} of {format_block(actual.block)}"
+        return f"{_found(actual.q)} with {scales}"
+    return f"{actual.dtype} {list(actual.shape)}" if isinstance(actual, torch.Tensor) else repr(actual)
 
 
 def _check_cache(value: Value, type: CacheType, actual: Any) -> None:

@@ -5,6 +5,7 @@ Text forms::
     bf16[N,7168]                a tensor; N is a symbol
     bf16[8*N~256,7168]          8·N rows in 256 groups
     f8e4m3[2048,7168]@s128x128  block scales of 128 × 128 travel with the tensor
+    f8e4m3[N,7168]@s1x*         a scale a row: ``*`` is the whole axis, ``@s*x*`` one scale for all
     bf16[256@ep,2048,7168]      axis 0 is split over mesh axis ep
     bf16[4096]@host             lives in host memory
     cache<bf16[576], page=64>   paged KV cache: entries of 576 elements, 64 to a page
@@ -148,6 +149,24 @@ def parse_dim(text: str) -> Dim:
         raise ParseError(f"{text!r} is no dimension") from None
 
 
+def block_count(dim: Dim, block: int) -> Dim:
+    """How many blocks an axis has, the last one perhaps partial; a block of 0 is the whole axis."""
+    return as_dim(-(-dim // block)) if block else 1
+
+
+def format_block(block: tuple[int, ...]) -> str:
+    """``1x128``; ``*`` for an axis that is one block."""
+    return "x".join("*" if size == 0 else str(size) for size in block)
+
+
+def parse_block(text: str) -> tuple[int, ...]:
+    """The inverse of ``format_block``. Raises ParseError."""
+    sizes = text.split("x")
+    if not all(size == "*" or (size.isdecimal() and int(size) > 0) for size in sizes):
+        raise ParseError(f"{text!r} are no scale blocks: positive sizes, or * for a whole axis, as in 1x128")
+    return tuple(0 if size == "*" else int(size) for size in sizes)
+
+
 def product(dims: Any) -> Dim:
     out: Dim = 1
     for dim in dims:
@@ -160,7 +179,8 @@ class TensorType:
     """``dtype[shape]``, with what else a kernel must know of the tensor. Raises IRError where they don't fit.
 
     groups      number of ragged row groups along axis 0 (``R~256``), None for a plain tensor
-    scale       block shape of the scales that travel with a quantised tensor
+    scale       block shape, along the last axes, of the fp32 scales that travel with a quantised tensor; 0 is
+                a whole axis. The axes before (experts) have scales of their own
     placement   mesh axis per tensor axis, ``((0, "ep"),)``
     space       memory space, None for the device's own
     """
@@ -183,7 +203,7 @@ class TensorType:
                 raise IRError(f"{format_dim(dim)} is no size")
         if self.groups is not None and not self.shape:
             raise IRError("a tensor without axes can't have groups")
-        if self.scale and (len(self.scale) > self.rank or min(self.scale) < 1):
+        if self.scale and (len(self.scale) > self.rank or min(self.scale) < 0):
             raise IRError(f"scale blocks {self.scale} don't fit a tensor of rank {self.rank}")
         axes = [axis for axis, _ in self.placement]
         if len(set(axes)) < len(axes) or not set(axes) <= set(range(self.rank)):
@@ -198,15 +218,19 @@ class TensorType:
         return product(self.shape)
 
     @property
+    def scale_shape(self) -> tuple[Dim, ...]:
+        """The shape of the tensor of scales; without any a plain tensor has none."""
+        if self.scale is None:
+            raise IRError(f"{self} has no scales")
+        lead, blocked = self.shape[: -len(self.scale)], self.shape[-len(self.scale) :]
+        return (*lead, *(block_count(d, b) for d, b in zip(blocked, self.scale, strict=True)))
+
+    @property
     def nbytes(self) -> Any:
         """Bytes of the elements and their scales (fp32, one a block); symbolic where the shape is."""
         size = sympy.ceiling(sympy.Rational(self.dtype.bits, 8) * self.numel)
         if self.scale:
-            blocks = product(
-                sympy.ceiling(sympy.sympify(d) / b)
-                for d, b in zip(self.shape[-len(self.scale) :], self.scale, strict=True)
-            )
-            size += 4 * blocks * product(self.shape[: -len(self.scale)])
+            size += 4 * product(self.scale_shape)
         return int(size) if size.is_Integer else size
 
     def with_(self, **changes: Any) -> TensorType:
@@ -219,7 +243,7 @@ class TensorType:
             dims[0] += f"~{format_dim(self.groups)}"
         text = f"{self.dtype}[{','.join(dims)}]"
         if self.scale:
-            text += "@s" + "x".join(map(str, self.scale))
+            text += "@s" + format_block(self.scale)
         return text + (f"@{self.space}" if self.space else "")
 
 
@@ -263,7 +287,7 @@ class IndexType:
 Type = TensorType | CacheType | TokenType | IndexType
 STATE_TYPES = (CacheType, TokenType)
 
-_TENSOR = re.compile(r"(\w+)\[([^\]]*)\](@s\d+(?:x\d+)*)?(?:@([A-Za-z_]\w*))?")
+_TENSOR = re.compile(r"(\w+)\[([^\]]*)\](@s(?:\d+|\*)(?:x(?:\d+|\*))*)?(?:@([A-Za-z_]\w*))?")
 _CACHE = re.compile(r"cache<(\w+)\[(\d+(?:,\d+)*)\], ?page=(\d+)>")
 _AXIS = re.compile(r"([^@~]*)(?:@([A-Za-z_]\w*))?(?:~([^@~]*))?")
 
@@ -303,5 +327,5 @@ def _tensor(dtype: DType, dims: str, scale: str | None, space: str | None) -> Te
             placement.append((axis, match[2]))
         if match[3] is not None:
             groups = parse_dim(match[3])
-    block = tuple(map(int, scale[2:].split("x"))) if scale else None
+    block = parse_block(scale[2:]) if scale else None
     return TensorType(dtype, tuple(shape), groups, block, tuple(placement), space)

@@ -12,7 +12,8 @@ from moec.ir.op import Param
 from moec.ir.ops.control import Loop
 from moec.ir.ops.linear import Linear
 from moec.ir.ops.moe import Route
-from moec.ir.ops.weights import Bind, Dequant
+from moec.ir.ops.scaled import Dequant, Scaled
+from moec.ir.ops.weights import Bind
 from moec.ir.types import DTYPES, f32
 from moec.ir.weights import weights_of
 from moec.models.blocks.base import Declared
@@ -98,5 +99,6 @@ def _dequantize(module: Module, body: str, param: Param, how: BlockFP8, dtype: D
     q = load.param(param.name, TensorType(DTYPES["f8e4m3"], (rows, columns)))
     scale = load.param(f"{param.name}_scale_inv", TensorType(f32, blocks))
     name = param.name.removesuffix(".weight")
-    (w,) = load.create(Dequant((q, scale), {"block": how.block, "to": dtype}), (name,)).results
+    (pair,) = load.create(Scaled((q, scale), {"block": how.block}), (f"{name}.q",)).results
+    (w,) = load.create(Dequant((pair,), {"to": dtype}), (name,)).results
     load.create(Bind((w,), {"param": param.name}))

@@ -13,6 +13,7 @@ import torch
 from moec.errors import InternalError, OutputUnwritable
 from moec.ir import Interpreter, Module, Op, TensorType, print_module
 from moec.ir.ops.attention import PagedCache
+from moec.ir.scaled import Scaled
 from moec.ir.text import split_top
 from moec.passes.firings import Delta, Prices, Recorder
 from moec.passes.manager import Instrument, PassRun
@@ -189,6 +190,8 @@ def relative_error(before: Any, after: Any) -> float:
     """max |after - before| / max |before|; infinite where shapes or NaNs differ."""
     if isinstance(before, PagedCache):
         return max((relative_error(t, after.layers[n]) for n, t in before.layers.items()), default=0.0)
+    if isinstance(before, Scaled) and isinstance(after, Scaled):
+        before, after = before.float(), after.float()
     if before.shape != after.shape:
         return float("inf")
     a, b = before.double().flatten(), after.double().flatten()

@@ -82,7 +82,8 @@ def _shift_shape(op: Op, experts: int) -> dict[str, Any]:
 
 LIFTS: dict[str, Lift] = {
     "cast": _same,
-    "dequant": _same,  # works over leading axes
+    # These work over leading axes.
+    **dict.fromkeys(("scaled", "quant", "dequant", "refine"), _same),
     "concat": _shift_axis,
     "split": _shift_axis,
     "reshape": _shift_shape,

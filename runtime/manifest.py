@@ -87,7 +87,8 @@ def _ranges(value: Any) -> bool:
 
 def _tensors(**more: Rule) -> Rule:
     each = _record(name=_text, ranges=_list(_pair(_count, _count)), dtype=_dtype, shape=_list(_count), **more)
-    return _list(lambda value: each(value) and _ranges(value))
+    scale = _list(_count)
+    return _list(lambda value: each(value) and _ranges(value) and scale(value.get("scale", [])))
 
 
 def _caches(value: Any) -> bool:

@@ -1,12 +1,22 @@
-"""Arguments as callers give them (Python's, NumPy's, PyTorch's) made into numbers, or refused by name."""
+"""Arguments as callers give them (Python's, NumPy's, PyTorch's) made into numbers, or refused by name; and
+quantised tensors, as generated code hands them on."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from moec.errors import BadInput
+
+
+class Scaled(NamedTuple):
+    """fp8 values and the fp32 scales of their blocks: what is meant is q times its block's scale."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
 
 
 def whole(name: str, value: Any) -> int:

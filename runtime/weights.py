@@ -11,15 +11,16 @@ import torch
 from moec.errors import NotAPackage, WeightsExtra, WeightsMisshapen, WeightsMissing
 from moec.runtime.checkpoint import Checkpoint, expand
 from moec.runtime.dtypes import DTYPES
+from moec.runtime.values import Scaled
 
 Progress = Callable[[int, int], None]
 _FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
-class Weights(dict[str, torch.Tensor]):
+class Weights(dict[str, torch.Tensor | Scaled]):
     """Parameters by name; ``at(scope)`` is those below a scope, by their names within it."""
 
-    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor | Scaled]] = ()) -> None:
         super().__init__(tensors)
         self._scopes: dict[str, Weights] = {}
 
@@ -33,8 +34,9 @@ class Weights(dict[str, torch.Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parameters; a tensor under two names counts once."""
-        return sum({t.data_ptr(): t.nbytes for t in self.values()}.values())
+        """Bytes of all parameters, scales included; a tensor under two names counts once."""
+        tensors = [t for value in self.values() for t in (value if isinstance(value, Scaled) else (value,))]
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 class Take:
@@ -60,13 +62,13 @@ def _disagree(name: str) -> NotAPackage:
 class Bind:
     """Collects what the load program makes."""
 
-    def __init__(self, done: Callable[[str, torch.Tensor], None], scope: str = "") -> None:
+    def __init__(self, done: Callable[[str, torch.Tensor | Scaled], None], scope: str = "") -> None:
         self._done, self._scope = done, scope
 
     def at(self, scope: str) -> Bind:
         return Bind(self._done, self._scope + scope)
 
-    def __call__(self, name: str, tensor: torch.Tensor) -> None:
+    def __call__(self, name: str, tensor: torch.Tensor | Scaled) -> None:
         self._done(self._scope + name, tensor)
 
 
@@ -87,13 +89,11 @@ def load_weights(
     parameters = {name: entry for entry in manifest["parameters"] for name in expand(entry)}
     weights = Weights()
 
-    def done(name: str, tensor: torch.Tensor) -> None:
+    def done(name: str, value: torch.Tensor | Scaled) -> None:
         entry = parameters.get(name)
         if entry is None:
             raise _disagree(name)
-        if list(tensor.shape) != entry["shape"]:
-            raise WeightsMisshapen(f"{name} became {list(tensor.shape)}, not {entry['shape']}")
-        weights[name] = tensor.to(device, DTYPES[entry["dtype"]]).contiguous()
+        weights[name] = _placed(name, value, entry, device)
         if progress is not None:
             progress(len(weights), len(parameters))
 
@@ -103,6 +103,21 @@ def load_weights(
         if not entry["bound"]:
             done(name, take(name))
     return weights
+
+
+def _placed(
+    name: str, value: torch.Tensor | Scaled, entry: dict[str, Any], device: str
+) -> torch.Tensor | Scaled:
+    """A parameter as kernels want it. Raises WeightsMisshapen where it isn't what the manifest says."""
+    tensor, scales = value if isinstance(value, Scaled) else (value, None)
+    made, wanted = str(list(tensor.shape)), str(entry["shape"])
+    if scales is not None or "scale" in entry:
+        made += f" with scales {None if scales is None else list(scales.shape)}"
+        wanted += f" with scales {entry.get('scale')}"
+    if made != wanted:
+        raise WeightsMisshapen(f"{name} became {made}, not {wanted}")
+    tensor = tensor.to(device, DTYPES[entry["dtype"]]).contiguous()
+    return tensor if scales is None else Scaled(tensor, scales.to(device, torch.float32).contiguous())
 
 
 def check(checkpoint: Checkpoint, wanted: dict[str, dict[str, Any]], ignored: list[list[str]]) -> None:

@@ -17,7 +17,7 @@ from moec.errors import SourceLoc
 from moec.ir import CacheType, DType, Function, Module, Range, TensorType, Value
 from moec.ir.op import op_class
 from moec.ir.ops.attention import PagedCache
-from moec.ir.types import DTYPES, Dim, IndexType, Type, as_dim, bf16, f16, f32, i32, i64, symbol
+from moec.ir.types import DTYPES, Dim, IndexType, Type, as_dim, bf16, block_count, f16, f32, i32, i64, symbol
 from tests.strategies_types import B, Draw, N, of
 
 small = st.integers(1, 4)
@@ -162,12 +162,21 @@ def plain(value: Value) -> bool:
 
 @draws("linear")
 def _linear(g: Graph) -> Any:
+    if g.draw(of([False, False, True])):
+        return _scaled_linear(g)
     x = g.known(lambda t: t.rank > 0 and isinstance(t.shape[-1], int)) or g.fresh(f32, N, 3)
     n = g.draw(small)
     w = g.param(x.type.dtype, n, x.type.shape[-1])
     return g.op(
         "linear", x, w, g.param(f32, n) if g.draw(st.booleans()) else None, acc=g.draw(of([None, f32, bf16]))
     )
+
+
+def _scaled_linear(g: Graph) -> Any:
+    n, k = g.draw(small), g.draw(st.integers(1, 9))
+    x = g.op("quant", g.x(N, k), block=_row_block(g), scale=g.draw(FORMATS))
+    bias = g.param(f32, n) if g.draw(st.booleans()) else None
+    return g.op("linear", x, _quantised_weight(g, n, k), bias, acc=g.draw(of([None, f32, bf16])))
 
 
 @draws("rms_norm")
@@ -206,6 +215,10 @@ def _rope(g: Graph) -> Any:
 
 @draws("reshape")
 def _reshape(g: Graph) -> Any:
+    if g.draw(of([False, False, True])):
+        rows, each, k = g.draw(small), g.draw(small), g.draw(st.integers(1, 5))
+        x = g.op("quant", g.param(f32, rows * each, k), block=(each, g.draw(of([0, 1, 2]))))
+        return g.op("reshape", x, shape=(rows, each, k))
     x = g.x()
     first, *rest = x.type.shape
     shape = g.draw(of([(x.type.numel,), (*rest, first), (first, 1, *rest)]))
@@ -214,6 +227,10 @@ def _reshape(g: Graph) -> Any:
 
 @draws("split")
 def _split(g: Graph) -> Any:
+    if g.draw(of([False, False, True])):
+        block, axis = g.draw(of([0, 1, 2])), g.draw(of([0, 1, 2, -1]))
+        x = g.op("quant", g.param(f32, 4, 4, 4), block=(block, block), scale=g.draw(FORMATS))
+        return g.op("split", x, sizes=g.draw(of([(2, 2), (4,)])), axis=axis)
     x = g.known(lambda t: t.rank > 0 and isinstance(t.shape[-1], int) and t.shape[-1] > 0) or g.fresh(
         f32, N, 4
     )
@@ -226,6 +243,10 @@ def _split(g: Graph) -> Any:
 
 @draws("concat")
 def _concat(g: Graph) -> Any:
+    if g.draw(of([False, False, True])):
+        block, axis = g.draw(of([1, 2])), g.draw(of([0, 1, -1]))
+        parts = [g.op("quant", g.param(f32, 4, 4), block=(block, 2)) for _ in range(g.draw(of([1, 2])))]
+        return g.op("concat", *parts, axis=axis)
     x = g.x()
     return g.op("concat", *[x] * g.draw(small), axis=g.draw(st.integers(-x.type.rank, x.type.rank - 1)))
 
@@ -365,7 +386,10 @@ def _local_experts(g: Graph) -> Any:
 @draws("gather_rows")
 def _gather_rows(g: Graph) -> Any:
     (slot, _), _, _, k = _sorted(g)
-    return g.op("gather_rows", g.x(N, g.draw(small)), slot, per_row=k)
+    x = g.x(N, g.draw(small))
+    if g.draw(of([False, False, True])):
+        x = g.op("quant", x, block=_row_block(g), scale=g.draw(FORMATS))
+    return g.op("gather_rows", x, slot, per_row=k)
 
 
 @draws("scatter_add")
@@ -381,8 +405,12 @@ def _grouped(g: Graph) -> tuple[Value, Value, Value]:
     (slot, off), w, experts, k = _sorted(g)
     x = g.x(N, g.draw(small))
     rows = g.op("gather_rows", x, slot, per_row=k)
-    weights = g.param(x.type.dtype, experts, g.draw(small), x.type.shape[1])
-    return g.op("grouped_linear", rows, weights, off), slot, w
+    shape = experts, g.draw(small), x.type.shape[1]
+    if g.draw(of([False, False, True])):
+        rows = g.op("quant", rows, block=_row_block(g))
+        product = g.op("grouped_linear", rows, _quantised_weight(g, *shape), off, to=g.draw(of([None, f32])))
+        return product, slot, w
+    return g.op("grouped_linear", rows, g.param(x.type.dtype, *shape), off), slot, w
 
 
 @draws("grouped_linear")
@@ -393,7 +421,7 @@ def _grouped_linear(g: Graph) -> Any:
 
 def _by_slot(g: Graph, rows: Value, slot: Value) -> Value:
     """The product ``rows`` once more, stored in the order of the slots."""
-    return g.op("grouped_linear", *rows.op.operands[:3], slot)
+    return g.op("grouped_linear", *rows.op.operands[:3], slot, to=rows.op.attrs["to"])
 
 
 @draws("gather_grouped_linear")
@@ -404,7 +432,14 @@ def _gather_grouped_linear(g: Graph) -> Any:
         how, width = {"epilogue": "swiglu", "act": g.draw(of(["silu", "gelu", "gelu_tanh"]))}, 2 * inner
     else:
         how, width = {}, inner
-    w = g.param(x.type.dtype, experts, width, x.type.shape[1])
+    if g.draw(of([False, False, True])):
+        x, w = g.op("quant", x, block=_row_block(g)), _quantised_weight(g, experts, width, x.type.shape[1])
+    else:
+        w = g.param(x.type.dtype, experts, width, x.type.shape[1])
+    if g.draw(of([False, False, True])):
+        how |= {"quant": _row_block(g), "scale": g.draw(FORMATS)}
+    elif x.type.scale:
+        how |= {"to": g.draw(of([None, f32, bf16]))}
     return g.op("gather_grouped_linear", x, w, slot, off, per_row=k, **how)
 
 
@@ -428,12 +463,46 @@ def _stack(g: Graph) -> Any:
     )
 
 
+# Scaled values.
+FORMATS = of(["fp32", "ue8m0"])
+
+
+def _block(g: Graph, rank: int) -> tuple[int, ...]:
+    return tuple(g.draw(of([0, 1, 2, 3])) for _ in range(rank))
+
+
+def _row_block(g: Graph) -> tuple[int, int]:
+    return g.draw(of([0, 1])), g.draw(of([0, 1, 2, 4]))
+
+
+@draws("quant")
+def _quant(g: Graph) -> Any:
+    x = g.x()
+    return g.op("quant", x, block=_block(g, g.draw(st.integers(1, x.type.rank))), scale=g.draw(FORMATS))
+
+
+@draws("scaled")
+def _scaled(g: Graph) -> Any:
+    shape, block = [g.draw(small) for _ in range(g.draw(st.integers(2, 3)))], _block(g, 2)
+    scales = [block_count(n, b) for n, b in zip(shape[-2:], block, strict=True)]
+    q, scale = g.param(DTYPES["f8e4m3"], *shape), g.param(f32, *shape[:-2], *scales)
+    return g.op("scaled", q, scale, block=block)
+
+
 @draws("dequant")
 def _dequant(g: Graph) -> Any:
-    rows, columns, block = g.draw(small), g.draw(small), (g.draw(small), g.draw(small))
-    q = g.param(DTYPES["f8e4m3"], rows, columns)
-    scale = g.param(f32, -(-rows // block[0]), -(-columns // block[1]))
-    return g.op("dequant", q, scale, block=block, to=g.draw(of([f32, bf16])))
+    return g.op("dequant", g.draw(of([_quant, _scaled]))(g), to=g.draw(of([f32, bf16])))
+
+
+@draws("refine")
+def _refine(g: Graph) -> Any:
+    x = g.draw(of([_quant, _scaled]))(g)
+    finer = {0: [0, 1, 2, 5], 1: [1], 2: [1, 2], 3: [1, 3]}
+    return g.op("refine", x, block=tuple(g.draw(of(finer[size])) for size in x.type.scale))
+
+
+def _quantised_weight(g: Graph, *shape: int) -> Value:
+    return g.op("quant", g.param(f32, *shape), block=_block(g, 2), scale=g.draw(FORMATS))
 
 
 @draws("bind")

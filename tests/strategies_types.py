@@ -37,7 +37,7 @@ def tensor_types(draw: Draw) -> TensorType:
         draw(of(list(DTYPES.values()))),
         shape,
         groups=draw(st.none() | dims()) if shape else None,
-        scale=draw(st.none() | st.tuples(*[st.integers(1, 256)] * draw(st.integers(1, len(shape)))))
+        scale=draw(st.none() | st.tuples(*[st.integers(0, 256)] * draw(st.integers(1, len(shape)))))
         if shape
         else None,
         placement=tuple((axis, draw(of(["ep", "tp"]))) for axis in axes),
@@ -62,5 +62,5 @@ ATTRIBUTES: dict[str, st.SearchStrategy[Any]] = {
     "range": st.tuples(st.integers(0, 99), st.integers(0, 99)).map(lambda p: Range(p[0], p[0] + p[1] - 1)),
     "ints": st.lists(st.integers(-9, 999)).map(tuple),
     "dims": st.lists(dims()).map(tuple),
-    "block": st.lists(st.integers(1, 256), min_size=1, max_size=3).map(tuple),
+    "block": st.lists(st.integers(0, 256), min_size=1, max_size=3).map(tuple),
 }

@@ -3,6 +3,9 @@
 A record is one object in one file of this folder. ``Inline`` writes an expression into ``model.py``;
 ``Templated`` renders a function of its own into ``kernels/``, its op's attributes folded in. Both are PyTorch
 and serve every target. ``TritonKernel`` (triton.py) is a kernel for GPUs; it goes before them.
+
+A scaled value is one Python value, ``Scaled(q, scale)``. An ``Inline`` expression gets its name; a kernel
+function gets ``x.q, x.scale`` in place of ``x``, and returns a ``Scaled``.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ class Templated(Record):
     """``template`` defines one function, called with the op's operands; ``constants(op)`` fills it in.
 
     ``in_place`` marks a kernel that writes its result into the operand of that number (the cache). ``calls``
-    names the op whose kernel function this one calls, by the name that the template finds under the op's.
+    names the op whose kernel function this one calls, by the name that the template finds under the op's;
+    ``called(op)`` are that one's constants.
     """
 
     template: str
@@ -42,6 +46,7 @@ class Templated(Record):
     in_place: int | None = None
     reasons: Callable[[Op], list[str]] = field(default=lambda op: [])
     calls: str = ""
+    called: Callable[[Op], dict[str, Any]] = field(default=lambda op: {})
 
     def supports(self, op: Op) -> list[str]:
         """Reasons against; none means yes."""
@@ -53,6 +58,12 @@ def not_fp32(op: Op) -> list[str]:
     types = [v.type for v in (*op.operands, *op.results) if v is not None]
     floats = {t.dtype for t in types if isinstance(t, TensorType) and t.dtype.is_float}
     return [f"it is {' and '.join(sorted(map(str, floats)))}, not fp32"] if floats != {f32} else []
+
+
+def scaled(op: Op) -> list[str]:
+    """A reason where an operand has scales, or a result."""
+    types = [v.type for v in (*op.operands, *op.results) if v is not None]
+    return [f"{t} has scales" for t in types if isinstance(t, TensorType) and t.scale][:1]
 
 
 Kernel = Inline | Templated | TritonKernel

@@ -29,6 +29,8 @@ def _linear(op: Op, args: list[Any]) -> str:
 
 def _reshape(op: Op, args: list[Any]) -> str:
     """Symbolic axes are x's own where x has them; one other can be left for PyTorch to work out."""
+    if op.results[0].type.scale:  # type: ignore[union-attr]
+        return _reshape_scaled(op, args)
     x_shape = op.operands[0].type.shape  # type: ignore[union-attr]
     sizes = []
     symbolic = [d for d in op.attrs["shape"] if not isinstance(d, int)]
@@ -48,7 +50,31 @@ def _reshape(op: Op, args: list[Any]) -> str:
 
 def _split(op: Op, args: list[Any]) -> str:
     sizes, axis = list(op.attrs["sizes"]), op.attrs["axis"]
+    if op.results[0].type.scale and len(sizes) > 1:  # type: ignore[union-attr]
+        return _split_scaled(op, args[0], sizes)
     return f"{args[0]}.split({sizes}, dim={axis})" if len(sizes) > 1 else str(args[0])
+
+
+def _split_scaled(op: Op, x: str, sizes: list[int]) -> str:
+    type: Any = op.operands[0].type  # type: ignore[union-attr]
+    axis = op.attrs["axis"] % type.rank
+    parts = [r.type.scale_shape[axis] for r in op.results]  # type: ignore[union-attr]
+    if sum(parts) == type.scale_shape[axis]:
+        scales = f"{x}.scale.split({parts}, dim={axis})"
+    else:  # one scale for the whole axis
+        scales = f"[{x}.scale] * {len(sizes)}"
+    return f"map(Scaled, {x}.q.split({sizes}, dim={axis}), {scales})"
+
+
+def _reshape_scaled(op: Op, args: list[Any]) -> str:
+    """Both tensors; of symbolic axes at most one, in front."""
+    y: Any = op.results[0].type
+    shapes = [
+        ", ".join(str(d) if isinstance(d, int) else "-1" for d in dims) for dims in (y.shape, y.scale_shape)
+    ]
+    if any(shape.count("-1") > 1 for shape in shapes):
+        raise InternalError(f"reshape to {op.attrs['shape']}: more than one size isn't a number", loc=op.loc)
+    return f"Scaled({args[0]}.q.reshape({shapes[0]}), {args[0]}.scale.reshape({shapes[1]}))"
 
 
 def _broadcast(op: Op, args: list[Any]) -> str:
@@ -77,7 +103,26 @@ def _pointwise(symbol: str) -> Any:
 
 
 def _concat(op: Op, args: list[Any]) -> str:
-    return f"torch.cat([{', '.join(args)}], dim={op.attrs['axis']})"
+    dim = op.attrs["axis"]
+    if op.results[0].type.scale:  # type: ignore[union-attr]
+        q, scale = (", ".join(f"{arg}.{part}" for arg in args) for part in ("q", "scale"))
+        return f"Scaled(torch.cat([{q}], dim={dim}), torch.cat([{scale}], dim={dim}))"
+    return f"torch.cat([{', '.join(args)}], dim={dim})"
+
+
+def _gather_rows(op: Op, args: list[Any]) -> str:
+    x, row = args[0], f"{args[1]} // {op.attrs['per_row']}"
+    block: Any = op.operands[0].type.scale  # type: ignore[union-attr]
+    if block is None:
+        return f"{x}[{row}]"
+    scale = f"{x}.scale" if block[0] == 0 else f"{x}.scale[{row}]"
+    return f"Scaled({x}.q[{row}], {scale})"
+
+
+def _stack(op: Op, args: list[Any]) -> str:
+    if op.results[0].type.scale:  # type: ignore[union-attr]
+        return f"Scaled(*map(torch.stack, zip(*{args[0]})))"
+    return f"torch.stack({args[0]})"
 
 
 register(
@@ -95,8 +140,9 @@ register(
     Inline("clamp", lambda op, args: f"{args[0]}.clamp({number(op.attrs['lo'])}, {number(op.attrs['hi'])})"),
     Inline("cast", lambda op, args: f"{args[0]}.to({torch_dtype(op.attrs['to'])})"),
     Inline("zeros_like", _zeros_like),
-    Inline("gather_rows", lambda op, args: f"{args[0]}[{args[1]} // {op.attrs['per_row']}]"),
+    Inline("gather_rows", _gather_rows),
     Inline("expert_slots", lambda op, args: f"({args[0]}.flatten() == {args[1]}).nonzero().flatten()"),
     # Load time.
-    Inline("stack", lambda op, args: f"torch.stack({args[0]})"),
+    Inline("stack", _stack),
+    Inline("scaled", lambda op, args: f"Scaled({args[0]}, {args[1]})"),
 )

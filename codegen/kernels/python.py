@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.codegen.kernels import Templated, not_fp32, register
+from moec.codegen.kernels import Templated, not_fp32, register, scaled
 from moec.ir.op import Op
 from moec.ir.ops.rope import rope_frequencies
 
@@ -48,9 +48,11 @@ def _attention(op: Op) -> dict[str, Any]:
     }
 
 
-def _gather_grouped_linear(op: Op) -> dict[str, Any]:
+def gather_grouped_linear(op: Op) -> dict[str, Any]:
     width = op.results[0].type.shape[1]  # type: ignore[union-attr]
-    return dict(op.attrs) | {"width": width, "wide": op.results[0].type.dtype.bits >= 32}  # type: ignore[union-attr]
+    wide = op.operands[0].type.dtype.bits >= 32  # type: ignore[union-attr]
+    shown = {name: op.attrs[name] for name in ("per_row", "epilogue", "act")}
+    return shown | {"width": width, "wide": wide, "quant": ""}
 
 
 def _latent_attention(op: Op) -> dict[str, Any]:
@@ -91,14 +93,14 @@ def _product(op: str, constants: Any) -> tuple[Templated, Templated]:
     """A product by experts: in fp32 through the kernel of ``linear``, in 16 bits through PyTorch's own."""
     return (
         _kernel(op, constants, reasons=not_fp32, calls="linear", name=f"onednn.{op}"),
-        _kernel(op, lambda op: constants(op) | {"linear": ""}),
+        _kernel(op, lambda op: constants(op) | {"linear": ""}, reasons=scaled),
     )
 
 
 register(
     Templated("linear", "python/kernels/linear.py.jinja", reasons=_not_rows_of_fp32, name="onednn.linear"),
     *_product("grouped_linear", lambda op: {"placed": op.operands[3] is not None}),
-    *_product("gather_grouped_linear", _gather_grouped_linear),
+    *_product("gather_grouped_linear", gather_grouped_linear),
     _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"]}, reasons=_fp32, name="torch.rms_norm_in_fp32"),
     _kernel("add_rms_norm", _add_rms_norm),
     _kernel("swiglu", _swiglu),
@@ -124,5 +126,4 @@ register(
         name="onednn.latent_attention",
     ),
     Templated("latent_attention", LATENT, lambda op: _latent_attention(op) | {"linear": "F.linear"}),
-    _kernel("dequant"),
 )

@@ -71,6 +71,8 @@ def problem(op: Op) -> Problem:
 def reasons(op: Op) -> list[str]:
     x, w = tensor(op.operands[0]), tensor(op.operands[1])
     found = not_static(E=w.shape[0], N=w.shape[1], K=w.shape[2]) + not_float(x)
+    if op.attrs.get("quant"):
+        found.append("the result is quantised: the kernels store floats")
     if not found and w.shape[2] * w.dtype.bits // 8 % 4:
         # No copy to shared memory is smaller than 4 bytes.
         found = [f"K is {w.shape[2]}: rows of {w.dtype} don't start at multiples of 4 bytes"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from moec.ir.attrs import BOOL, DTYPE, FLOAT, INT, SYMBOL, choice
+from moec.ir.attrs import BLOCK, BOOL, DTYPE, FLOAT, INT, SYMBOL, choice
 from moec.ir.op import Cost, Op, OpResult, Value, attr, operand, result
 from moec.ir.ops.elementwise import SwiGLU
+from moec.ir.ops.scaled import SCALE_FORMAT, product_dtype, product_types, quantized
 from moec.ir.routing import active
+from moec.ir.scaled import Scaled, matrix, product, quantize, rounds_to, take_rows
 from moec.ir.types import TensorType, as_dim, f32, i32, symbol
 
 
@@ -149,17 +152,19 @@ class GatherRows(Op, name="gather_rows"):
     rows = result("[R, H]")
 
     def infer(self) -> TensorType:
-        x, slot = self.tensor(self.x, 2), self.integers(self.slot, 1)
+        x, slot = self.tensor(self.x, 2, scaled=True), self.integers(self.slot, 1)
         if self.per_row < 1:
             raise self.mismatch(f"per_row is {self.per_row}")
-        return TensorType(x.dtype, (slot.shape[0], x.shape[1]), slot.groups)
+        if x.scale and (len(x.scale) != 2 or x.scale[0] > 1):
+            raise self.mismatch(f"{self.x.text} is {x}: rows that share scales can't be gathered one by one")
+        return TensorType(x.dtype, (slot.shape[0], x.shape[1]), slot.groups, x.scale)
 
     def cost(self) -> Cost:
         return Cost(0, self.moved_bytes())
 
     @staticmethod
-    def reference(x: torch.Tensor, slot: torch.Tensor, *, per_row: int) -> torch.Tensor:
-        return x[slot.long() // per_row]
+    def reference(x: Any, slot: torch.Tensor, *, per_row: int) -> Any:
+        return take_rows(x, slot.long() // per_row)
 
 
 class ScatterAdd(Op, name="scatter_add"):
@@ -201,22 +206,26 @@ class ScatterAdd(Op, name="scatter_add"):
 
 
 class ExpertProduct(Op):
-    """Expert e owns rows off[e]:off[e+1]; what no expert owns comes out as zeros."""
+    """Expert e owns rows off[e]:off[e+1]; what no expert owns comes out as zeros. Scaled: as ``linear``."""
 
     products = True
     x: Any
     w: Any
     off: Any
+    to: Any
 
     def weights(self, sorted: Value) -> TensorType:
         """The type of w, once it fits x, off and the groups that ``sorted`` is in."""
-        x, w, off = self.tensor(self.x, 2), self.tensor(self.w, 3), self.integers(self.off, 1)
+        self.tensor(self.x, 2, scaled=True)
+        self.tensor(self.w, 3, scaled=True)
+        (x, w), off = product_types(self, self.x, self.w), self.integers(self.off, 1)
         self.same("K", x.shape[1], self.x, w.shape[2], self.w)
-        self.same("the dtype", x.dtype, self.x, w.dtype, self.w)
         self.same("E+1", as_dim(w.shape[0] + 1), self.w, off.shape[0], self.off)
-        groups = self.tensor(sorted).groups
+        groups = self.tensor(sorted, scaled=True).groups
         if groups is not None:
             self.same("the number of groups", groups, sorted, w.shape[0], self.w)
+        if self.to not in (None, x.dtype) and not x.scale:
+            raise self.mismatch(f"to is {self.to}, but only a product of scaled operands leaves their dtype")
         return w
 
     def choices(self) -> tuple[Any, Any] | None:
@@ -243,11 +252,12 @@ class GroupedLinear(ExpertProduct, name="grouped_linear"):
     w = operand("[E, N, K]")
     off = operand("[E+1] int32")
     slot = operand("[R] int32: each of 0..R-1 once", optional=True)
+    to = attr(DTYPE, None, doc="dtype of the result of scaled operands, bf16 where it is left out")
     y = result("[R~E, N]; with slot [R, N], in the order of the slots")
 
     def infer(self) -> TensorType:
-        w, x = self.weights(self.x), self.tensor(self.x)
-        y = TensorType(x.dtype, (x.shape[0], w.shape[1]), w.shape[0])
+        w, x = self.weights(self.x), self.tensor(self.x, scaled=True)
+        y = TensorType(product_dtype(self, x, self.to), (x.shape[0], w.shape[1]), w.shape[0])
         if self.slot is None:
             return y
         slot = self.integers(self.slot, 1)
@@ -259,22 +269,30 @@ class GroupedLinear(ExpertProduct, name="grouped_linear"):
 
     @staticmethod
     def reference(
-        x: torch.Tensor, w: torch.Tensor, off: torch.Tensor, slot: torch.Tensor | None = None
+        x: Any, w: Any, off: torch.Tensor, slot: torch.Tensor | None = None, *, to: Any = None
     ) -> torch.Tensor:
-        y = torch.zeros(x.shape[0], w.shape[1], dtype=torch.float32, device=x.device)
-        for e in range(w.shape[0]):
-            rows = slice(int(off[e]), int(off[e + 1]))
-            y[rows] = x[rows].float() @ w[e].float().t()
+        y = _segments(x, w, off, [slice(int(a), int(b)) for a, b in pairwise(off.tolist())])
         if slot is not None:
             y = torch.zeros_like(y).index_copy(0, slot.long(), y)
-        return y.to(x.dtype)
+        return y.to(rounds_to(x, to))
+
+
+def _segments(x: Any, w: Any, off: torch.Tensor, rows: list[Any], total: int | None = None) -> torch.Tensor:
+    """[R, N] fp32: each expert's ``rows`` of x times its weights; zeros where no expert owns a row."""
+    values = w.q if isinstance(w, Scaled) else w
+    total = len(x.q if isinstance(x, Scaled) else x) if total is None else total
+    y = torch.zeros(total, values.shape[1], dtype=torch.float32, device=values.device)
+    for e, (start, end) in enumerate(pairwise(off.tolist())):
+        y[start:end] = product(take_rows(x, rows[e]), matrix(w, e))
+    return y
 
 
 class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
     """Row slot[r] // per_row of x times the weights of the expert that owns r, in one go with what follows.
 
     The epilogue works on the product in fp32, which is then rounded once. For ``swiglu`` an expert's weights
-    hold its gate rows, then its up rows: act(gate) · up.
+    hold its gate rows, then its up rows: act(gate) · up. With ``quant`` what comes of that, still in fp32, is
+    quantised as by the op of that name.
     """
 
     x = operand("[T, K]")
@@ -284,7 +302,10 @@ class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
     per_row = attr(INT, doc="slots a token: k")
     epilogue = attr(choice("none", "swiglu"), "none", doc="what is applied to the product")
     act = attr(choice("silu", "gelu", "gelu_tanh"), "silu", doc="swiglu's; gelu_tanh: its tanh approximation")
-    y = result("[R~E, N]; with swiglu [R~E, N/2]")
+    quant = attr(BLOCK, None, doc="the result is quantised with scales for these blocks, `1x128`")
+    scale = attr(SCALE_FORMAT, "fp32", doc="quant's: powers of two with ue8m0")
+    to = attr(DTYPE, None, doc="dtype of the result of scaled operands, bf16 where it is left out")
+    y = result("[R~E, N]; with swiglu [R~E, N/2]; with quant scaled")
 
     def infer(self) -> TensorType:
         slot = self.integers(self.slot, 1)
@@ -298,31 +319,38 @@ class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
             width //= 2
         elif self.act != "silu":
             raise self.mismatch(f"act is {self.act}, but no epilogue applies it")
-        return TensorType(w.dtype, (slot.shape[0], width), w.shape[0])
+        y = TensorType(product_dtype(self, w, self.to), (slot.shape[0], width), w.shape[0])
+        if self.quant is None:
+            if self.scale != "fp32":
+                raise self.mismatch(f"scale is {self.scale}, but quant isn't given")
+            return y
+        if self.to is not None:
+            raise self.mismatch(f"to is {self.to}, but quant makes the result fp8")
+        return quantized(self, self.x, y, self.quant)
 
     def cost(self) -> Cost:
-        epilogue = Cost(5 * self.y.type.numel) if self.epilogue == "swiglu" else Cost()
-        return self.product_cost(self.slot.type.shape[0]) + epilogue
+        each = (5 if self.epilogue == "swiglu" else 0) + (2 if self.quant else 0)
+        return self.product_cost(self.slot.type.shape[0]) + Cost(each * self.y.type.numel)
 
     @staticmethod
     def reference(
-        x: torch.Tensor,
-        w: torch.Tensor,
+        x: Any,
+        w: Any,
         slot: torch.Tensor,
         off: torch.Tensor,
         *,
         per_row: int,
         epilogue: str,
         act: str,
-    ) -> torch.Tensor:
+        quant: tuple[int, ...] | None = None,
+        scale: str = "fp32",
+        to: Any = None,
+    ) -> Any:
         token = slot.long() // per_row
-        y = torch.zeros(len(slot), w.shape[1], dtype=torch.float32, device=x.device)
-        for e in range(w.shape[0]):
-            rows = slice(int(off[e]), int(off[e + 1]))
-            y[rows] = x[token[rows]].float() @ w[e].float().t()
+        y = _segments(x, w, off, [token[a:b] for a, b in pairwise(off.tolist())], len(slot))
         if epilogue == "swiglu":
             y = SwiGLU.reference(y, act=act)  # of fp32, in fp32
-        return y.to(x.dtype)
+        return y.to(rounds_to(x, to)) if quant is None else quantize(y, quant, scale)
 
 
 class Combine(Op, name="combine"):

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from moec.codegen import target, write_package
 from moec.ir import Builder, Function, Interpreter, Module, TensorType, Value, verify
 from moec.ir.ops.attention import PagedCache
+from moec.ir.scaled import Scaled
 from moec.ir.types import STATE_TYPES, Type, f32, i32
+from moec.runtime import values as runtime
 from moec.runtime.checkpoint import InMemory
 from moec.runtime.package import Package
 from moec.runtime.weights import load_weights
@@ -56,12 +58,19 @@ def pages_of(cache: PagedCache) -> list[torch.Tensor]:
     return layers
 
 
+def as_given(value: Any) -> Any:
+    """An argument of the interpreter's as the package takes it."""
+    if isinstance(value, PagedCache):
+        return pages_of(value)
+    return runtime.Scaled(value.q, value.scale) if isinstance(value, Scaled) else value
+
+
 def agree(
     module: Module, weights: Mapping[str, torch.Tensor], args: list[Any], tolerance: float = 0.0
 ) -> None:
     """The package and the interpreter return the same, and leave the same in the caches."""
     expected = Interpreter(module, weights).run("forward", *args)
-    given = [pages_of(a) if isinstance(a, PagedCache) else a for a in args]
+    given = [as_given(a) for a in args]
     got = iter(emitted(module, weights, *given))
     caches = iter([a for a in given if isinstance(a, list)])
     for value, want in zip(module["forward"].outputs, expected, strict=True):
@@ -73,8 +82,13 @@ def agree(
         close(have, want, value, tolerance)
 
 
-def close(have: torch.Tensor, want: torch.Tensor, value: Value, tolerance: float = 0.0) -> None:
+def close(have: Any, want: Any, value: Value, tolerance: float = 0.0) -> None:
     """Equal within the dtype's tolerance. Integers are equal, whatever their width: slots are int64 here."""
+    if isinstance(want, Scaled):
+        assert isinstance(have, runtime.Scaled), value
+        close(have.scale, want.scale, value, tolerance)
+        close(have.q, want.q, value, tolerance)
+        return
     assert have.shape == want.shape, value
     if not want.is_floating_point():
         assert torch.equal(have.long(), want.long()), value

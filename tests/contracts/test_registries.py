@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moec.ir import OPS, Builder, Interpreter, Op, print_module
 from moec.ir.docs import PAGE, page
 from moec.ir.ops.control import Loop, Return
+from moec.ir.scaled import Scaled
 from moec.ir.types import TensorType
 from tests.ir import test_infer
 from tests.strategies_ir import DRAW, cases
@@ -68,7 +69,9 @@ def test_what_an_op_computes_has_the_types_that_it_infers_and_a_cost(name: str, 
         assert len(results) == len(op.results)
         for value, got in zip(op.results, results, strict=True):
             if isinstance(value.type, TensorType):
-                assert isinstance(got, torch.Tensor) and got.dtype == value.type.dtype.torch
+                stored = got.q if isinstance(got, Scaled) else got
+                assert isinstance(got, Scaled) == (value.type.scale is not None)
+                assert isinstance(stored, torch.Tensor) and stored.dtype == value.type.dtype.torch
         for amount in (op.cost().flops, op.cost().bytes):
             assert amount >= 0 if isinstance(amount, (int, float)) else amount.free_symbols or amount >= 0
 

@@ -195,9 +195,11 @@ func @weights() -> ()
   param $q: f8e4m3[2,2]
   param $q_scale: f32[1,1]
   for_each @weights.expert() {experts=0..2, scope=experts.*}
-  %w = dequant($q, $q_scale) {block=2x2, to=f32} : f32[2,2]
+  %q = scaled($q, $q_scale) {block=2x2} : f8e4m3[2,2]@s2x2
+  %w = dequant(%q) {to=f32} : f32[2,2]
   bind(%w) {param=q}
-  %again = dequant($q, $q_scale) {block=2x2, to=f32} : f32[2,2]
+  %q.again = scaled($q, $q_scale) {block=2x2} : f8e4m3[2,2]@s2x2
+  %again = dequant(%q.again) {to=f32} : f32[2,2]
   bind(%again) {param=second}
   return
 end

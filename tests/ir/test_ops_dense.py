@@ -135,18 +135,3 @@ def test_stack() -> None:
     members = [randn(2, 3) + n for n in range(3)]
     found = reference("stack", members, experts=None)
     assert found.shape == (3, 2, 3) and all(torch.equal(found[n], members[n]) for n in range(3))
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "block"), [(4, 6, (2, 3)), (5, 7, (2, 3)), (3, 3, (128, 128)), (1, 9, (1, 4))]
-)
-def test_dequant_with_partial_edge_blocks(rows: int, columns: int, block: tuple[int, int]) -> None:
-    q = randn(2, rows, columns).to(torch.float8_e4m3fn)
-    scale = torch.rand(2, -(-rows // block[0]), -(-columns // block[1])) + 0.5
-    found = reference("dequant", q, scale, block=block, to=f32)
-    for e in range(2):
-        for i in range(rows):
-            for j in range(columns):
-                assert found[e, i, j] == q[e, i, j].float() * scale[e, i // block[0], j // block[1]]
-    rounded = reference("dequant", q, scale, block=block, to=bf16)
-    assert torch.equal(rounded, found.bfloat16())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moec.errors import MoecError, ParseError, SourceLoc, UnknownOp
 from moec.ir import OPS, Interpreter, Module, parse_module, print_module, read_module, verify
 from moec.ir.ops.attention import PagedCache
+from moec.ir.scaled import Scaled
 from tests.strategies_ir import DRAW, Case, cases
 
 LINEAR = """\
@@ -27,6 +28,8 @@ def bits(value: Any) -> Any:
     """Something that compares equal exactly where every bit does, NaN included."""
     if isinstance(value, torch.Tensor):
         return value.dtype, tuple(value.shape), value.contiguous().flatten().view(torch.uint8).tolist()
+    if isinstance(value, Scaled):
+        return bits(value.q), bits(value.scale), value.block
     if isinstance(value, PagedCache):
         return {layer: bits(pages) for layer, pages in value.layers.items()}
     return value

@@ -71,6 +71,8 @@ def test_what_is_no_dimension(text: str) -> None:
         ("bf15[N]", "no dtype is called 'bf15'; there are f64, f32"),
         ("bf16[N]@s0", "scale blocks"),
         ("bf16[N]@s1x2", "scale blocks"),
+        ("bf16[N]@s*x*", "scale blocks"),
+        ("bf16[N]@s**", "is no type"),
         ("bf16[N,M~2]", "is no axis"),
         ("bf16[N~2~3]", "is no axis"),
         ("bf16[N@ep@tp]", "is no axis"),
@@ -94,7 +96,7 @@ def test_what_is_no_type(text: str, message: str) -> None:
         {"shape": (-1,)},
         {"shape": (N / 2,)},
         {"shape": (), "groups": 3},
-        {"scale": (0,)},
+        {"scale": (-1,)},
         {"scale": (1, 1, 1)},
         {"placement": ((2, "ep"),)},
         {"placement": ((0, "ep"), (0, "tp"))},
@@ -124,6 +126,11 @@ def test_the_order_of_placements_means_nothing(type: TensorType) -> None:
         ("f8e4m3[576,7168]@s128x128", 576 * 7168 + 4 * 5 * 56),  # kv_a_proj: the last block is partial
         ("f8e4m3[4,256]@s1x128", 4 * 256 + 4 * 4 * 2),
         ("f8e4m3[3,256,256]@s128x128", 3 * 256 * 256 + 4 * 3 * 2 * 2),  # a scale matrix an expert
+        ("f8e4m3[5,300]@s1x*", 5 * 300 + 4 * 5),
+        ("f8e4m3[5,300]@s*x*", 5 * 300 + 4),
+        ("f8e4m3[7,5,300]@s*x*", 7 * 5 * 300 + 4 * 7),
+        ("f8e4m3[0,300]@s*x*", 4),  # a whole axis is one block, however short
+        ("f8e4m3[0,300]@s1x128", 0),
     ],
 )
 def test_bytes(text: str, nbytes: int) -> None:
@@ -135,6 +142,15 @@ def test_bytes_of_symbolic_shapes() -> None:
     assert TensorType(bf16, (N, 7168)).nbytes == 14336 * N
     assert TensorType(f4, (N, 3)).nbytes.subs(N, 3) == 5
     assert TensorType(f8, (N, 256), scale=(128, 128)).nbytes.subs(N, 130) == 130 * 256 + 4 * 2 * 2
+    assert TensorType(f8, (N, 256), scale=(1, 0)).nbytes == 260 * N
+
+
+def test_the_shape_of_scales() -> None:
+    assert TensorType(f8, (N, 300), groups=3, scale=(1, 128)).scale_shape == (N, 3)
+    assert TensorType(f8, (4, 576, 7168), scale=(128, 128)).scale_shape == (4, 5, 56)
+    assert TensorType(f8, (4, N, 7168), scale=(0, 0)).scale_shape == (4, 1, 1)
+    with pytest.raises(IRError, match="has no scales"):
+        TensorType(f8, (N, 300)).scale_shape  # noqa: B018
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
@@ -176,7 +192,7 @@ def test_attributes_survive_printing(kind: Kind, data: st.DataObject) -> None:
         (RANGE, Range(3, 1)),
         (RANGE, Range(-2, 1)),
         (RANGE, (0, 1)),
-        (BLOCK, (128, 0)),
+        (BLOCK, (128, -1)),
         (BLOCK, ()),
     ],
 )
@@ -193,6 +209,8 @@ def test_a_range_includes_both_ends(text: str, numbers: list[int]) -> None:
 def test_names_of_types() -> None:
     assert str(TensorType(bf16, (8 * N, 7168), groups=256)) == "bf16[8*N~256,7168]"
     assert str(TensorType(f8, (2048, 7168), scale=(128, 128))) == "f8e4m3[2048,7168]@s128x128"
+    assert str(TensorType(f8, (2048, 7168), scale=(1, 0), space="host")) == "f8e4m3[2048,7168]@s1x*@host"
+    assert str(TensorType(f8, (2048, 7168), scale=(0, 0))) == "f8e4m3[2048,7168]@s*x*"
     assert str(TensorType(bf16, (256, 8), placement=((0, "ep"),), space="host")) == "bf16[256@ep,8]@host"
     assert str(TensorType(f8, (N, 8), 4, (1, 128)[:1], ((0, "ep"),))) == "f8e4m3[N@ep~4,8]@s1"
     assert str(TensorType(i64, ())) == "i64[]"

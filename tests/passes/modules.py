@@ -211,7 +211,8 @@ class MoE:
                     f"{param.name}_scale_inv", TensorType(f32, (-(-rows // 4), -(-columns // 4)))
                 )
                 lb = Builder(m, load, DTYPES[self.dtype])
-                lb.bind(lb.dequant(q, scale, block=(4, 4), to=DTYPES[self.dtype]), param=param.name)
+                pair = lb.scaled(q, scale, block=(4, 4), out="q")
+                lb.bind(lb.dequant(pair, to=DTYPES[self.dtype]), param=param.name)
 
 
 @st.composite

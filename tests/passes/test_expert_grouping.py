@@ -118,7 +118,7 @@ def test_the_loop_its_body_and_its_loading_are_gone() -> None:
     assert set(m.functions) == {"forward", "layer", "weights", "weights.layer"}
     loading = print_module(m).split("func @weights.layer(")[1]
     # The FP8 work of one expert is done on the stacked tensors; nothing of the old parameters is bound.
-    assert "f8e4m3[4,6,8]" in loading and "dequant(%gate_proj," in loading
+    assert "f8e4m3[4,6,8]" in loading and "scaled(%gate_proj," in loading
     bound = {op.attrs["param"] for op in m["weights.layer"].ops if op.name == "bind"}
     assert bound == {"mlp.experts.w13", "mlp.experts.w2", "mlp.shared.w13", "mlp.shared.down_proj.weight"}
 

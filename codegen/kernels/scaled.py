@@ -1,0 +1,179 @@
+"""Ops on scaled values in PyTorch. Products of fp8 are emulated: PyTorch has few with block scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.codegen.kernels import Templated, register, scaled
+from moec.codegen.kernels.python import gather_grouped_linear
+from moec.ir.op import Op
+from moec.ir.types import TensorType, format_block
+
+FOLDER = "python/kernels"
+
+
+def _type(op: Op, operand: int) -> TensorType:
+    type = op.operands[operand].type  # type: ignore[union-attr]
+    if not isinstance(type, TensorType):
+        raise TypeError(f"{op.operands[operand]} is no tensor")
+    return type
+
+
+def _shown(block: tuple[int, ...]) -> str:
+    return format_block(block).replace("x", "×")
+
+
+def spread(scale: str, q: str, type: TensorType) -> str:
+    """An expression for the scale of each element of ``q``, or something that broadcasts to it."""
+    block = type.scale or ()
+    for axis, size in zip(range(-len(block), 0), block, strict=True):
+        if size > 1:
+            scale += f".repeat_interleave({size}, dim={axis})"
+            dim = type.shape[axis]
+            if not isinstance(dim, int) or dim % size:
+                scale += f".narrow({axis}, 0, {q}.shape[{axis}])"
+    return scale
+
+
+def _maxima(type: TensorType, block: tuple[int, ...]) -> list[str]:
+    """Statements that turn ``amax``, of each element, into that of each block."""
+    lines = []
+    for axis, size in zip(range(-len(block), 0), block, strict=True):
+        dim = type.shape[axis]
+        pad = "0, 0, " * (-axis - 1)
+        if size == 0:
+            source = "amax" if isinstance(dim, int) and dim else f"F.pad(amax, ({pad}0, 1))"  # may be empty
+            lines.append(f"amax = {source}.amax({axis}, keepdim=True)")
+        elif size > 1:
+            whole = isinstance(dim, int) and dim % size == 0
+            source = "amax" if whole else f"F.pad(amax, ({pad}0, -amax.shape[{axis}] % {size}))"
+            lines.append(f"amax = {source}.unflatten({axis}, (-1, {size})).amax({axis})")
+    return lines
+
+
+def _quant_of(type: TensorType, block: tuple[int, ...], scale: str) -> dict[str, Any]:
+    """The constants of the kernel that quantises ``type``."""
+    result = type.with_(scale=block)
+    stacked = type.rank > len(block) > 1 and all(isinstance(d, int) for d in type.shape)
+    return {
+        "shown": _shown(block),
+        "rank": len(block),
+        "stacked": stacked,
+        "maxima": _maxima(type, block),
+        "spread": spread("scale", "x", result),
+        "ue8m0": scale == "ue8m0",
+    }
+
+
+def _quant(op: Op) -> dict[str, Any]:
+    return _quant_of(_type(op, 0), op.attrs["block"], op.attrs["scale"])
+
+
+def _epilogue(op: Op) -> dict[str, Any]:
+    """The constants of the quantisation that ends ``op``."""
+    y = op.results[0].type
+    if not isinstance(y, TensorType):
+        raise TypeError(f"{op.results[0]} is no tensor")
+    return _quant_of(y.with_(scale=None), op.attrs["quant"], op.attrs["scale"])
+
+
+def _dequant(op: Op) -> dict[str, Any]:
+    x = _type(op, 0)
+    return {
+        "shown": _shown(x.scale or ()),
+        "stacked": x.rank > len(x.scale or ()) > 1,
+        "rank": len(x.scale or ()),
+        "spread": spread("scale", "q", x),
+        "to": op.attrs["to"],
+    }
+
+
+def _refine(op: Op) -> dict[str, Any]:
+    x, new = _type(op, 0), op.attrs["block"]
+    axes = [
+        (axis, size, old)
+        for axis, size, old in zip(range(-len(new), 0), new, x.scale or (), strict=True)
+        if size != old
+    ]
+    return {"axes": axes, "old": _shown(x.scale or ()), "new": _shown(new)}
+
+
+def _linear(op: Op) -> dict[str, Any]:
+    x, w, y = _type(op, 0), _type(op, 1), op.results[0].type
+    return {
+        "x_spread": spread("x_scale", "x", x),
+        "w_spread": spread("w_scale", "w", w),
+        "x_block": _shown(x.scale or ()),
+        "w_block": _shown(w.scale or ()),
+        "to": y.dtype,  # type: ignore[union-attr]
+        "bias": op.operands[2] is not None,
+    }
+
+
+def _experts(op: Op) -> dict[str, Any]:
+    x, w, y = _type(op, 0), _type(op, 1), op.results[0].type
+    one = TensorType(w.dtype, w.shape[1:], scale=w.scale)
+    return {
+        "x_spread": spread("x_scale", "x", x),
+        "w_spread": spread("w_scale[expert]", "w", one),
+        "x_block": _shown(x.scale or ()),
+        "w_block": _shown(w.scale or ()),
+        "width": y.shape[1],  # type: ignore[union-attr]
+        "to": y.dtype,  # type: ignore[union-attr]
+    }
+
+
+def _grouped_linear(op: Op) -> dict[str, Any]:
+    return _experts(op) | {"placed": op.operands[3] is not None}
+
+
+def _gather_grouped_linear(op: Op) -> dict[str, Any]:
+    return {"quant": ""} | _experts(op) | {name: op.attrs[name] for name in ("per_row", "epilogue", "act")}
+
+
+def _not_scaled(op: Op) -> list[str]:
+    return [] if scaled(op) else ["nothing has scales"]
+
+
+def _no_scaled_rows(op: Op) -> list[str]:
+    return [] if _type(op, 0).scale else ["x has no scales"]
+
+
+def _unless_quantised(op: Op) -> list[str]:
+    return _no_scaled_rows(op) + (["the result is quantised"] if op.attrs["quant"] else [])
+
+
+def _unless_plain(op: Op) -> list[str]:
+    return _no_scaled_rows(op) + ([] if op.attrs["quant"] else ["the result isn't quantised"])
+
+
+SCALED_GATHER = f"{FOLDER}/gather_grouped_linear_scaled.py.jinja"
+
+register(
+    Templated("quant", f"{FOLDER}/quant.py.jinja", _quant),
+    Templated("dequant", f"{FOLDER}/dequant.py.jinja", _dequant),
+    Templated("refine", f"{FOLDER}/refine.py.jinja", _refine),
+    Templated("linear", f"{FOLDER}/linear_scaled.py.jinja", _linear, reasons=_not_scaled),
+    Templated(
+        "grouped_linear", f"{FOLDER}/grouped_linear_scaled.py.jinja", _grouped_linear, reasons=_not_scaled
+    ),
+    Templated("gather_grouped_linear", SCALED_GATHER, _gather_grouped_linear, reasons=_unless_quantised),
+    Templated(
+        "gather_grouped_linear",
+        SCALED_GATHER,
+        _gather_grouped_linear,
+        reasons=_unless_plain,
+        calls="quant",
+        called=_epilogue,
+    ),
+    Templated(
+        "gather_grouped_linear",
+        f"{FOLDER}/gather_grouped_linear.py.jinja",
+        lambda op: gather_grouped_linear(op) | {"linear": ""},
+        reasons=lambda op: (
+            [] if _no_scaled_rows(op) and op.attrs["quant"] else ["it isn't plain rows to a quantised result"]
+        ),
+        calls="quant",
+        called=_epilogue,
+    ),
+)
