@@ -29,6 +29,11 @@ class Inline(Record):
 
     expression: Callable[[Op, list[Any]], str]
     targets: tuple[str, ...] = ()
+    reasons: Callable[[Op], list[str]] = field(default=lambda op: [])
+
+    def supports(self, op: Op) -> list[str]:
+        """Reasons against; none means yes."""
+        return self.reasons(op)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.codegen.kernels import Inline, register
+from moec.codegen.kernels import Inline, register, scaled
 from moec.codegen.render import number
 from moec.errors import InternalError
 from moec.ir.op import Op
@@ -126,7 +126,7 @@ def _stack(op: Op, args: list[Any]) -> str:
 
 
 register(
-    Inline("linear", _linear),
+    Inline("linear", _linear, reasons=scaled),
     Inline("embedding", _embedding),
     Inline("rms_norm", _rms_norm),
     Inline("reshape", _reshape),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.codegen.kernels import Templated, register, scaled
+from moec.codegen.kernels import Templated, register
 from moec.codegen.kernels.python import gather_grouped_linear
 from moec.ir.op import Op
 from moec.ir.types import TensorType, format_block
@@ -131,20 +131,21 @@ def _gather_grouped_linear(op: Op) -> dict[str, Any]:
     return {"quant": ""} | _experts(op) | {name: op.attrs[name] for name in ("per_row", "epilogue", "act")}
 
 
-def _not_scaled(op: Op) -> list[str]:
-    return [] if scaled(op) else ["nothing has scales"]
+# Reasons against a record.
+def _scaled_rows(op: Op) -> list[str]:
+    return ["x has scales"] if _type(op, 0).scale else []
 
 
 def _no_scaled_rows(op: Op) -> list[str]:
     return [] if _type(op, 0).scale else ["x has no scales"]
 
 
-def _unless_quantised(op: Op) -> list[str]:
-    return _no_scaled_rows(op) + (["the result is quantised"] if op.attrs["quant"] else [])
+def _quantises(op: Op) -> list[str]:
+    return ["the result is quantised"] if op.attrs["quant"] else []
 
 
-def _unless_plain(op: Op) -> list[str]:
-    return _no_scaled_rows(op) + ([] if op.attrs["quant"] else ["the result isn't quantised"])
+def _keeps_floats(op: Op) -> list[str]:
+    return [] if op.attrs["quant"] else ["the result isn't quantised"]
 
 
 SCALED_GATHER = f"{FOLDER}/gather_grouped_linear_scaled.py.jinja"
@@ -153,27 +154,43 @@ register(
     Templated("quant", f"{FOLDER}/quant.py.jinja", _quant),
     Templated("dequant", f"{FOLDER}/dequant.py.jinja", _dequant),
     Templated("refine", f"{FOLDER}/refine.py.jinja", _refine),
-    Templated("linear", f"{FOLDER}/linear_scaled.py.jinja", _linear, reasons=_not_scaled),
     Templated(
-        "grouped_linear", f"{FOLDER}/grouped_linear_scaled.py.jinja", _grouped_linear, reasons=_not_scaled
+        "linear",
+        f"{FOLDER}/linear_scaled.py.jinja",
+        _linear,
+        reasons=_no_scaled_rows,
+        name="torch.emulated_fp8_linear",
     ),
-    Templated("gather_grouped_linear", SCALED_GATHER, _gather_grouped_linear, reasons=_unless_quantised),
+    Templated(
+        "grouped_linear",
+        f"{FOLDER}/grouped_linear_scaled.py.jinja",
+        _grouped_linear,
+        reasons=_no_scaled_rows,
+        name="torch.emulated_fp8_grouped_linear",
+    ),
     Templated(
         "gather_grouped_linear",
         SCALED_GATHER,
         _gather_grouped_linear,
-        reasons=_unless_plain,
+        reasons=lambda op: _no_scaled_rows(op) + _quantises(op),
+        name="torch.emulated_fp8_gather_grouped_linear",
+    ),
+    Templated(
+        "gather_grouped_linear",
+        SCALED_GATHER,
+        _gather_grouped_linear,
+        reasons=lambda op: _no_scaled_rows(op) + _keeps_floats(op),
         calls="quant",
         called=_epilogue,
+        name="torch.emulated_fp8_gather_grouped_linear_quant",
     ),
     Templated(
         "gather_grouped_linear",
         f"{FOLDER}/gather_grouped_linear.py.jinja",
         lambda op: gather_grouped_linear(op) | {"linear": ""},
-        reasons=lambda op: (
-            [] if _no_scaled_rows(op) and op.attrs["quant"] else ["it isn't plain rows to a quantised result"]
-        ),
+        reasons=lambda op: _scaled_rows(op) + _keeps_floats(op),
         calls="quant",
         called=_epilogue,
+        name="torch.gather_grouped_linear_quant",
     ),
 )
