@@ -99,6 +99,7 @@ def _dequantize(module: Module, body: str, param: Param, how: BlockFP8, dtype: D
     q = load.param(param.name, TensorType(DTYPES["f8e4m3"], (rows, columns)))
     scale = load.param(f"{param.name}_scale_inv", TensorType(f32, blocks))
     name = param.name.removesuffix(".weight")
-    (pair,) = load.create(Scaled((q, scale), {"block": how.block}), (f"{name}.q",)).results
+    short = name.rpartition(".")[2]
+    (pair,) = load.create(Scaled((q, scale), {"block": how.block}), (f"{short}.q",)).results
     (w,) = load.create(Dequant((pair,), {"to": dtype}), (name,)).results
     load.create(Bind((w,), {"param": param.name}))

@@ -359,8 +359,8 @@ def _choice(g: Graph) -> tuple[Value, Value, int, int]:
 
 
 @draws("expert_slots")
-def _expert_slots(g: Graph) -> Any:
-    _, id, experts, _ = _choice(g)
+def _expert_slots(g: Graph, choice: tuple[Value, Value, int, int] | None = None) -> Any:
+    _, id, experts, _ = choice or _choice(g)
     expert = g.argument(IndexType(), g.draw(st.integers(0, experts - 1)))
     return g.op("expert_slots", id, expert, rows=f"R{len(g.args)}")
 
@@ -394,8 +394,8 @@ def _gather_rows(g: Graph) -> Any:
 
 @draws("scatter_add")
 def _scatter_add(g: Graph) -> Any:
-    w, _, _, k = _choice(g)
-    slot, h = _expert_slots(g), g.draw(small)
+    w, _, _, k = choice = _choice(g)
+    slot, h = _expert_slots(g, choice), g.draw(small)
     rows = g.op("gather_rows", g.x(N, h), slot, per_row=k)
     return g.op("scatter_add", g.fresh(f32, N, h), rows, slot, w, per_row=k)
 
