@@ -20,10 +20,12 @@ from moec.errors import MoecError
 # Name of the command, the module that holds it, and what `moec --help` says without importing it.
 COMMANDS = {
     "build": ("build", "Compile a model spec into a package."),
-    "list": ("list", "List models, targets, passes, ops or kernels."),
+    "list": ("list", "List models, targets, passes, rules, ops or kernels."),
     "show": ("show", "Print the IR of a spec or package, or a generated kernel."),
     "compare": ("compare", "Put models side by side: weights, FLOPs, cache, decode floor."),
     "opt": ("opt", "Read IR, run passes over it, print IR."),
+    "diff": ("diff", "Compare two pieces of IR, value by value."),
+    "why-not": ("why_not", "Say why a rule did not fire at a value."),
     "verify": ("verify", "Compare a package with the reference interpreter."),
     "run": ("run", "Continue a prompt."),
     "bench": ("bench", "Time prefill and decode of a package."),

@@ -84,6 +84,12 @@ class Prices:
             total += self.of(each, inner)
         return total.scaled(working, len(op.range))
 
+    def costs_in(self, function: str) -> Costs:
+        """What things cost in a run of ``function``: in an expert's, with the rows that it gets."""
+        module = self.costs.module
+        callers = module.callers(function) if function in module else []
+        return self.inside(callers[0][1])[1] if callers and isinstance(callers[0][1], Loop) else self.costs
+
     def inside(self, op: Loop, costs: Costs | None = None) -> tuple[float, Costs]:
         """How many runs of a loop's body have something to do, and what things cost there."""
         costs = costs or self.costs

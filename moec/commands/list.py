@@ -1,4 +1,4 @@
-"""``moec list models|targets|passes|ops|kernels``."""
+"""``moec list models|targets|passes|rules|ops|kernels``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,18 @@ def _ops() -> Rows:
     return ["op", "operands", "attributes", "what it does"], rows
 
 
-KINDS = {"models": _models, "targets": _targets, "passes": _passes, "ops": _ops}
+def _rules() -> Rows:
+    from moec.passes import PASSES
+    from moec.why_not import rules_of
+
+    rows = []
+    for name, cls in sorted(PASSES.items()):
+        for rule, (pattern, _) in rules_of(cls()).items():
+            rows.append([f"{name}.{rule}", pattern.op_name, pattern.line.short if pattern.line else ""])
+    return ["rule", "looks at", "written at"], rows
+
+
+KINDS = {"models": _models, "targets": _targets, "passes": _passes, "rules": _rules, "ops": _ops}
 
 
 def _tokens(text: str) -> list[int]:
@@ -69,7 +80,7 @@ def _tokens(text: str) -> list[int]:
 @click.option("--tokens", default="1,16,64,256,1024,8192", show_default=True, help="Of --explain.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(kind: str, target: str, spec: str | None, tokens: str, as_json: bool) -> None:
-    """List models, targets, passes, ops or kernels."""
+    """List models, targets, passes, rules, ops or kernels."""
     if kind in KINDS:
         columns, rows = KINDS[kind]()
     elif spec is None:
