@@ -198,7 +198,9 @@ def _fits(dim: Dim, size: int, symbols: dict[Any, int]) -> bool:
     """Whether ``dim`` may be ``size``; if one symbol of it is still unknown, that is learned from it."""
     if isinstance(dim, int):
         return dim == size
-    left = dim.subs(symbols)
+    if isinstance(dim, sympy.Symbol):  # most are; sympy would take its time to say so
+        return symbols.setdefault(dim, size) == size
+    left = dim.subs({s: symbols[s] for s in dim.free_symbols if s in symbols})
     if left.free_symbols:
         if len(left.free_symbols) > 1:
             raise BadInput(f"{format_dim(dim)} has more than one size that nothing says")

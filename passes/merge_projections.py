@@ -154,7 +154,7 @@ class MergeProjections(Pass):
                 reason = reason or why
             else:
                 whole.append(other)
-        m.captures["all"] = sorted(whole, key=m.function.ops.index)
+        m.captures["all"] = sorted(whole, key=m.function.position)
         return "" if len(whole) > 1 else reason or f"no other projection reads {m['x'].text}"
 
     def _join(self, m: Match) -> Value:
