@@ -19,7 +19,7 @@ from moec.ir.ops.moe import SortByExpert
 from moec.passes.instruments import relative_error
 from tests.passes.whole_models import Run, caches
 
-# Ops that choose experts: their first two results are the weights and the ids, their first operand the logits.
+# Ops that choose experts of the logits, their first operand: they give the weights first, then the ids.
 ROUTERS = ("route", "route_sort")
 ENTRY_LIMIT = 8  # new tokens of a sequence that @decode takes
 

@@ -197,7 +197,7 @@ def whole_models(draw: Draw, dtype: str = "f32") -> models.Model:
 # Runs.
 @dataclass(frozen=True)
 class Run:
-    """Steps over one cache of ``pages`` pages; ``weights``: the seed, and the expert that all tokens go to."""
+    """Steps over one cache of ``pages`` pages, and of what kind the weights are, drawn by ``seed``."""
 
     steps: tuple[Batch, ...]
     pages: int
@@ -212,7 +212,7 @@ class Run:
 
 @st.composite
 def runs(draw: Draw, page: int, steps: int = 3, checked: bool = False) -> Run:
-    """Prefill, then a mixture, then decode: of 1 to 3 sequences, each with any number of new tokens, none too.
+    """Prefill, then a mixture, then decode, of 1 to 3 sequences, each with a few new tokens or none.
 
     Pages are taken in any order. A table is longer than need be, and names no page where nothing is kept.
     ``checked``: only what the runtime's own checks let pass: a step has a token.
