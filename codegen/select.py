@@ -143,7 +143,6 @@ def choose(problem: Problem, device: GPU, rows: float) -> Choice:
     return explain(problem, device, rows)[0]
 
 
-@cache
 def ladder(problem: Problem, device: GPU) -> list[tuple[float, Schedule]]:
     """(rows an expert, schedule), ascending: below the first number the first schedule, and so on up to inf.
 

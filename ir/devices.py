@@ -7,7 +7,7 @@ its architecture's white paper or the CUDA programming guide's table of compute 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from moec.errors import BadOption, nearest
 
@@ -25,7 +25,7 @@ class Device:
     name: str
     stands_for: str
     bandwidth: float
-    matmul_flops: dict[str, float] = field(hash=False)
+    matmul_flops: dict[str, float]
     # From one kernel's end to the next one's start on a stream: an assumption, the same for every schedule.
     launch_s: float = 3e-6
 
