@@ -12,9 +12,7 @@ from .test_docs import ROOT, elsewhere, moec
 __all__ = ["elsewhere"]  # a fixture
 
 BLOCK = re.compile(r"^```console\n\$ (moec [^\n]*)\n(.*?)^```$", re.M | re.S)
-DOCUMENTS = [
-    d for d in sorted((ROOT / "docs").rglob("*.md")) if BLOCK.search(d.read_text(encoding="utf-8"))
-]
+DOCUMENTS = [d for d in sorted((ROOT / "docs").rglob("*.md")) if BLOCK.search(d.read_text(encoding="utf-8"))]
 
 
 def shown(command: str) -> str:
