@@ -57,9 +57,18 @@ class Costs:
         """An op's own, or all runs of a loop's body. Raises BadOption where a symbol has no number."""
         if isinstance(op, Loop):
             return self._loop(op)
+        if self._idle(op):
+            return Price(launches=op.launches)
         cost = op.cost()
         flops, moved = self.number(cost.flops), self.number(cost.bytes)
         return Price(flops, moved, op.launches, self.seconds(op, flops, moved))
+
+    def _idle(self, op: Op) -> bool:
+        """Whether nothing comes of ``op``, as of a part of the batch that is empty: nothing need move."""
+        types = [r.type for r in op.results]
+        tensors = [t for t in types if isinstance(t, TensorType)]
+        empty = all(any(self.number(d) == 0 for d in t.shape) for t in tensors)
+        return bool(types) and len(tensors) == len(types) and empty
 
     def seconds(self, op: Op, flops: float, moved: float) -> float:
         return max(moved / self.device.bandwidth, flops / self.device.flops_of(dtype_of(op)))

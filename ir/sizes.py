@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from moec.errors import BadOption, nearest
+from moec.ir.attrs import SYMBOL
 from moec.ir.graph import ENTRIES, Module
 from moec.ir.ops.moe import ExpertSlots
 from moec.ir.types import CacheType, TensorType, symbol
@@ -19,27 +20,39 @@ CONTEXT = "context"
 
 
 def symbols(module: Module) -> list[str]:
-    """The symbols in the types of a module's arguments and results; not those that loops over experts set."""
+    """The symbols that a module's costs speak of, but those that it finds itself: an expert's rows, the parts
+    of a batch that is parted.
+    """
     found: dict[str, None] = {}
-    seen: set[Any] = set()
+    own: set[str] = set()
+    types: dict[Any, None] = {}
     for function in module:
         if function.name.split(".")[0] == WEIGHTS:
             continue
-        own = [r for op in function.ops if isinstance(op, ExpertSlots) for r in op.results]
-        hidden = {s for r in own for s in _free(r.type)}
-        values = [*function.args, *(r for op in function.ops for r in op.results)]
-        types = {v.type: None for v in values if v.type not in seen}
-        seen |= types.keys()
-        found |= {s.name: None for type in types for s in _free(type) if s not in hidden}
-    return list(found)
+        types |= {arg.type: None for arg in function.args}
+        for op in function.ops:
+            types |= {result.type: None for result in op.results}
+            defined = [op.attrs[name] for name, spec in op.attr_specs.items() if spec.kind is SYMBOL]
+            if isinstance(op, ExpertSlots) or hasattr(op, "shares"):
+                own.update(defined)
+            found |= dict.fromkeys(defined)
+    for type in types:
+        found |= dict.fromkeys(_free(type))
+    return sorted((name for name in found if name not in own), key=_rank)
 
 
-def _free(type: Any) -> list[Any]:
+def _rank(name: str) -> int:
+    usual = ("N", "B", "S", "P")
+    return usual.index(name) if name in usual else len(usual)
+
+
+def _free(type: Any) -> list[str]:
+    """The symbols in a type. A cache has entries: S of them are read."""
+    if isinstance(type, CacheType):
+        return ["S"]
     if not isinstance(type, TensorType):
         return []
-    return sorted(
-        (s for dim in type.shape if not isinstance(dim, int) for s in dim.free_symbols), key=lambda s: s.name
-    )
+    return sorted({s.name for dim in type.shape if not isinstance(dim, int) for s in dim.free_symbols})
 
 
 def parse_sizes(text: str, module: Module) -> dict[str, int]:

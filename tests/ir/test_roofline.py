@@ -130,7 +130,7 @@ def test_sizes_by_name_and_what_stands_where_nothing_is_said() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("Q=3", "no size is called that; there is N, B, P, S, T, context"),
+        ("Q=3", "no size is called that; there is N, B, S, P, T, context"),
         ("contex=3", "did you mean context"),
         ("T", "takes names with numbers, as N=4096"),
         ("T=-1", "takes names with numbers"),
@@ -146,6 +146,13 @@ def test_sizes_that_mean_nothing(text: str, why: str) -> None:
     with pytest.raises(BadOption) as error:
         complete(parse_sizes(text, module), module)
     assert why in str(error.value)
+
+
+def test_what_has_no_rows_moves_no_weights() -> None:
+    prices = costs(SHARED.replace("DT", "bf16"), T=0)
+    linear = prices.module["moe"].named("gu").op  # type: ignore[attr-defined]
+    assert prices.op(linear) == Price(launches=1)
+    assert prices.function("moe").launches == 6
 
 
 def test_a_symbol_without_a_number_is_asked_for() -> None:
