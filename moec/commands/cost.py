@@ -91,13 +91,22 @@ def _function(function: dict[str, Any]) -> None:
     for op in function["ops"]:
         if op["launches"]:
             label = f"{op['op']} @{op['callee']}" if "callee" in op else op["op"]
-            rows.append([op["value"], label, *_cells(op, once), op.get("bound", "")])
-    rows.append(["", "total", *_cells(function["once"], once), ""])
+            rows.append([op["value"], label, *_cells(op, once), op.get("bound", ""), _family(op)])
+    rows.append(["", "total", *_cells(function["once"], once), "", ""])
     runs = "" if function["runs"] == 1 else f", run {function['runs']} times"
     if function["working_runs"] < function["runs"] - 1e-6:
         runs += f", {function['working_runs']:.1f} times with rows"
-    ui.table(f"@{function['name']}{runs}", [*COLUMNS, "bound by"], rows, right=RIGHT)
+    columns = [*COLUMNS, "bound by", "kernel"]
+    if not any(row[-1] for row in rows):  # nothing has been selected yet
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    ui.table(f"@{function['name']}{runs}", columns, rows, right=RIGHT)
     click.echo()
+
+
+def _family(op: dict[str, Any]) -> str:
+    """Who emits the op: the family of its kernel's record."""
+    family = (op.get("kernel") or "").partition(".")[0]
+    return {"torch": "PyTorch", "onednn": "PyTorch", "triton": "Triton", "cuda": "CUDA"}.get(family, family)
 
 
 def _totals(data: dict[str, Any]) -> None:

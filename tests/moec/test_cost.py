@@ -74,6 +74,7 @@ def test_the_tables_say_the_same(cli: Cli, mine: Path) -> None:
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("%")}
     # 2·32·64·64 FLOPs; 2048 + 64,880 (7.92 experts' weights) + 164 + 4096 bytes.
     assert lines["%y"][1:5] == ["gather_grouped_linear", "1", "262KF", "71.2KB"]
+    assert "kernel" not in out
     only = cli("show", mine, "--cost", "--at", "T=16", "--function", "@layer").out
     assert "@layer, run 3 times" in only and "in all" not in only
 
@@ -127,6 +128,9 @@ def test_specs_naive_and_optimised_and_packages(cli: Cli, built: Path) -> None:
     optimised = json.loads(cli("show", PRESET, "-O", "2", "--cost", "--at", "T=8", "--json").out)
     entry = optimised["entries"].get("step") or optimised["entries"]["decode"]
     assert entry["total"]["launches"] < naive["total"]["launches"] / 2
+    gpu = cli("show", PRESET, "-O", "2", "--target", "sm_90a", "--cost", "--at", "T=8").out
+    emitters = {line.split()[1]: line.split()[-1] for line in gpu.splitlines() if line.startswith("%")}
+    assert (emitters["grouped_linear"], emitters["linear"]) == ("Triton", "PyTorch")
     package = cli("show", built, "--cost", "--at", "T=8,S=100")
     assert package.code == 0 and "in all" in package.out
     assert "grouped_linear" not in cli("show", PRESET, "--plain").out
