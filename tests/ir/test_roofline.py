@@ -68,6 +68,42 @@ def test_the_published_floor_of_a_layer_in_bf16(tokens: int, gigabytes: float, m
     assert found.flops / tokens / 1e9 == pytest.approx(0.793, abs=2e-3)
 
 
+FP8 = """\
+moec.ir 1 func @moe(%x: f8e4m3[T,7168]@s1x128, %id: i32[T,8]) -> bf16[T,7168]
+  param $w13: f8e4m3[256,4096,7168]@s128x128
+  param $w2: f8e4m3[256,7168,2048]@s128x128
+  param $s13: f8e4m3[4096,7168]@s128x128
+  param $s2: f8e4m3[7168,2048]@s128x128
+  %slot, %off = sort_by_expert(%id) {experts=256} : i32[8*T~256], i32[257]
+  %h = gather_grouped_linear(%x, $w13, %slot, %off) {epilogue=swiglu, per_row=8, quant=1x128} : f8e4m3[8*T~256,2048]@s1x128
+  %d = grouped_linear(%h, $w2, %off, %slot) : bf16[8*T,7168]
+  %gu = linear(%x, $s13) : bf16[T,4096]
+  %sh = swiglu(%gu) : bf16[T,2048]
+  %sq = quant(%sh) {block=1x128} : f8e4m3[T,2048]@s1x128
+  %sd = linear(%sq, $s2) : bf16[T,7168]
+  return %sd
+end
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gigabytes", "micros"), [(1, 0.397, 132), (8, 2.57, 858), (64, 9.85, 3282)]
+)
+def test_the_published_floor_of_a_layer_in_fp8(tokens: int, gigabytes: float, micros: float) -> None:
+    found = costs(FP8, T=tokens).function("moe")
+    assert found.bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert found.seconds * 1e6 == pytest.approx(micros, rel=0.01)
+
+
+def test_fp8_products_run_at_fp8_s_rate() -> None:
+    prices = costs(FP8, T=65536)
+    h = prices.module["moe"].named("h").op  # type: ignore[attr-defined]
+    assert prices.op(h).seconds == prices.op(h).flops / 1979e12
+    # A device without them computes in bf16 what it has dequantised.
+    a100 = Costs(prices.module, DEVICES["sm_80"], {"T": 65536})
+    assert a100.op(h).seconds == a100.op(h).flops / 312e12
+
+
 def test_a_loop_over_experts_needs_only_those_with_rows() -> None:
     module = parse_module(LOOPS)
     price = Costs(module, H100, {"T": 3}).function("layer")
