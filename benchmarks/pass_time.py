@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def main() -> None:
             stage: round(by_layers[str(b)][stage] / max(by_layers[str(a)][stage], 1e-9), 2)
             for stage in as_it_is
         }
-        for a, b in zip(numbers, numbers[1:], strict=False)
+        for a, b in pairwise(numbers)
     }
     found = {
         "what": "seconds by stage of compiling DeepSeek-V3, -O3",
