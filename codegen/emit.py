@@ -45,7 +45,7 @@ class Kernels:
     def __init__(self, target: str, functions: set[str]) -> None:
         self.target = target
         self.files: dict[str, list[str]] = {}
-        self.triton: dict[str, TritonKernel] = {}  # the files that hold Triton
+        self.triton: dict[str, list[TritonKernel]] = {}  # the files that hold Triton, and whose
         self.imports: dict[
             str, dict[str, str]
         ] = {}  # by file: which kernel functions of which files it calls
@@ -79,7 +79,7 @@ class Kernels:
             name = self._names.add(key, op.name)
             self._by_constants[key] = name
             stem = self._stem(op.name, set(self.files) - set(self.triton))
-            self.triton[stem] = record
+            self.triton.setdefault(stem, []).append(record)
             self.files.setdefault(stem, []).append(record.render(op, name, self.target))
         return self._by_constants[key]
 

@@ -53,7 +53,8 @@ class Schedule:
 class Problem:
     """A grouped product: R rows times w[e]ᵀ, [columns, depth] an expert; two such where SwiGLU follows.
 
-    ``dtype`` is the IR's short name, ``itemsize`` its bytes. ``gathered``: rows are read by index.
+    ``dtype`` is the IR's short name, ``itemsize`` its bytes; fp8 comes with scales, and leaves as 16 bits or,
+    where it's ``quantised``, as fp8. ``gathered``: rows are read by index.
     """
 
     experts: int
@@ -63,36 +64,59 @@ class Problem:
     itemsize: int
     matrices: int = 1
     gathered: bool = False
+    quantised: bool = False
 
     @property
     def whole_rows(self) -> bool:
         """Rows start at multiples of 16 bytes: what descriptors and 16-byte copies need."""
         return self.depth * self.itemsize % 16 == 0
 
+    @property
+    def fp8(self) -> bool:
+        return self.itemsize == 1
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Of x and of the result."""
+        result = 2 if self.fp8 and not self.quantised else self.itemsize
+        return self.depth * self.itemsize + self.columns * result
+
     def descriptors(self, device: GPU) -> bool:
         """Whether the weights are read by tensor descriptor."""
         return device.tma and self.whole_rows
 
-    def shared_memory(self, s: Schedule) -> int:
-        """Bytes a block takes at most: ``stages`` of both operands' tiles."""
-        return s.stages * self.stage_bytes(s) + SMEM_EXTRA
+    def shared_memory(self, s: Schedule, device: GPU) -> int:
+        """Bytes a block takes at most: both operands' tiles, and beside fp8's also scales, for each stage.
+
+        mma.sync takes its operands from registers, so that of fp8's stages one needs no room.
+        """
+        stages = s.stages - (self.fp8 and not device.warpgroup_mma)
+        return stages * self.stage_bytes(s) + SMEM_EXTRA
 
     def stage_bytes(self, s: Schedule) -> int:
-        return (s.block_m + self.matrices * s.block_n) * s.block_k * self.itemsize
+        rows = s.block_m + self.matrices * s.block_n
+        return rows * s.block_k * self.itemsize + (4 * rows if self.fp8 else 0)
 
     def sums(self, s: Schedule) -> int:
         """fp32 sums a thread holds."""
         return self.matrices * s.block_m * s.block_n // (32 * s.warps)
 
     def registers(self, s: Schedule) -> int:
-        """A thread's registers, about, as compilation showed: the sums, a quarter more, and 32."""
-        return 255 if self.itemsize == 4 else min(255, 32 + self.sums(s) * 5 // 4)
+        """A thread's registers, about, as compilation showed: the sums, a quarter more, and 32.
+
+        fp8 has a step's sums beside those of all steps.
+        """
+        if self.itemsize == 4:
+            return 255
+        return min(255, 32 + self.sums(s) * 5 // (2 if self.fp8 else 4))
 
 
 def space(problem: Problem, device: GPU) -> list[Schedule]:
     """Every schedule that selection may pick: within shared memory, and no spills (sm_120a: a few stores)."""
     if problem.itemsize == 4:
         candidates = _fused_multiply_add()
+    elif problem.fp8:
+        candidates = _fp8(device)
     elif device.warpgroup_mma:
         candidates = _warpgroup()
     else:
@@ -103,11 +127,13 @@ def space(problem: Problem, device: GPU) -> list[Schedule]:
 def reasons_against(s: Schedule, problem: Problem, device: GPU) -> list[str]:
     """Why ``s`` is not for ``problem`` on ``device``; none means that it is."""
     reasons = []
-    if (smem := problem.shared_memory(s)) > device.smem_per_block:
+    if (smem := problem.shared_memory(s, device)) > device.smem_per_block:
         reasons.append(f"{smem} bytes of shared memory, {device.name} has {device.smem_per_block} a block")
     if (sums := problem.sums(s)) > (most := _most_sums(s, problem, device)):
         reasons.append(f"{sums} sums a thread, more than {most} spill registers")
-    if not problem.whole_rows and max(s.block_m, s.block_n) > 64:
+    if problem.quantised and s.block_n != 128:
+        reasons.append("the result's scales are of 128 columns: a tile needs just as many")
+    if not problem.fp8 and not problem.whole_rows and max(s.block_m, s.block_n) > 64:
         reasons.append(
             "rows that don't start at 16 bytes are copied in pieces: tiles above 64 spill registers"
         )
@@ -122,6 +148,8 @@ def reasons_against(s: Schedule, problem: Problem, device: GPU) -> list[str]:
 def _most_sums(s: Schedule, problem: Problem, device: GPU) -> int:
     if problem.itemsize == 4:
         return 32  # products by multiply-add keep many operands in registers
+    if problem.fp8:  # a step's sums are added to those of all steps: there are two sets
+        return MOST_SUMS // 2 if device.warpgroup_mma and s.form == "rows" else MOST_SUMS // 4
     if not device.warpgroup_mma:
         return MOST_SUMS // 2  # mma.sync holds its operands in registers too
     if problem.gathered and s.form == "rows" and s.block_m > 16 * s.warps:
@@ -149,6 +177,17 @@ def _warp_mma() -> list[Schedule]:
         for m, n, k, warps, stages in product((16, 32, 64, 128), (64, 128), (32, 64), (4, 8), (3, 4))
         if warps == 4 or m * n >= 64 * 64
     ]
+
+
+def _fp8(device: GPU) -> list[Schedule]:
+    """A step is one block of scales along K, 128 values: one swizzle atom of 128 bytes too."""
+    rows, stages = ((64, 128), (3, 4)) if device.warpgroup_mma else ((16, 32, 64, 128), (2, 3))
+    swapped = product((16, 32), (64, 128), (4, 8), (3, 4, 6)) if device.warpgroup_mma else ()
+    return [
+        Schedule("rows", m, n, 128, warps, s)
+        for m, n, warps, s in product(rows, (64, 128), (4, 8), stages)
+        if m * n >= 64 * 64 * warps // 4 or not device.warpgroup_mma
+    ] + [Schedule("swapped", m, n, 128, warps, s) for m, n, warps, s in swapped if n >= 16 * warps]
 
 
 def _fused_multiply_add() -> list[Schedule]:

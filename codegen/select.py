@@ -75,14 +75,14 @@ def terms(schedule: Schedule, problem: Problem, device: GPU, rows: float) -> dic
     sms = min(tiles, device.sms)
 
     weights = active * matrices * problem.columns * depth * size / device.bandwidth
-    activations = rows * problem.experts * (depth + problem.columns) * size / device.bandwidth
+    activations = rows * problem.experts * problem.bytes_per_row / device.bandwidth
     dram = weights + activations
     asked = busy * (schedule.stages - 1) * problem.stage_bytes(schedule)  # bytes on their way
     flight = dram * max(1.0, device.bandwidth / min(asked / LATENCY, sms * SM_BANDWIDTH))
     moved = tiles * (schedule.block_m + matrices * schedule.block_n) * depth * size
     l2 = moved / min(device.l2_bandwidth, sms * SM_BANDWIDTH)
     operations = 2 * tiles * schedule.block_m * matrices * schedule.block_n * depth
-    rate = device.matmul_flops[problem.dtype] * TRITON * issue_rate(schedule, problem, device)
+    rate = device.flops_of(problem.dtype) * TRITON * issue_rate(schedule, problem, device)
     products = operations / (rate * sms / device.sms)
 
     beside = {"in flight": flight, "l2": l2, "matrix unit": products}
@@ -109,7 +109,7 @@ def programs_per_sm(schedule: Schedule, problem: Problem, device: GPU) -> int:
     return max(
         1,
         min(
-            device.smem_per_sm // (problem.shared_memory(schedule) + 1024),
+            device.smem_per_sm // (problem.shared_memory(schedule, device) + 1024),
             device.registers_per_sm // (problem.registers(schedule) * threads),
             device.threads_per_sm // threads,
         ),
@@ -120,7 +120,8 @@ def issue_rate(schedule: Schedule, problem: Problem, device: GPU) -> float:
     """The share of the matrix unit's rate that the tile's shape lets through.
 
     A warpgroup's instruction takes 64 rows of M by N by 16 and reads both operands from shared memory, 128
-    bytes a cycle, while it could multiply 2048 pairs a cycle: N of 64 balances the two.
+    bytes a cycle, while it could multiply 2048 pairs a cycle: N of 64 balances the two. (fp8: 32 values in as
+    many bytes, at twice the rate.)
     mma.sync takes its operands from registers; the smaller the tile, the more often they are loaded.
     """
     if problem.itemsize == 4:
@@ -128,8 +129,12 @@ def issue_rate(schedule: Schedule, problem: Problem, device: GPU) -> float:
     m, n = schedule.block_m, schedule.block_n
     if device.warpgroup_mma:
         beside = m if schedule.form == "swapped" else n
-        return min(1.0, 2 * beside / (64 + beside))
-    return min(1.0, 2 * m * n / (m + n) / 64)
+        rate = min(1.0, 2 * beside / (64 + beside))
+    else:
+        rate = min(1.0, 2 * m * n / (m + n) / 64)
+    if problem.fp8:  # while a step's product is added to the sum, the program's matrix unit waits
+        rate /= 1 + device.flops_of(problem.dtype) / (schedule.block_k * device.flops_of("f32"))
+    return rate
 
 
 def explain(problem: Problem, device: GPU, rows: float) -> list[Choice]:

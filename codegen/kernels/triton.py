@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,9 +13,10 @@ from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op, Value
 from moec.ir.types import DType, TensorType
 
-TRITON_TYPES = {"bf16": "bf16", "f16": "fp16", "f32": "fp32", "i32": "i32", "i64": "i64"}
+TRITON_TYPES = {"bf16": "bf16", "f16": "fp16", "f32": "fp32", "f8e4m3": "fp8e4nv", "i32": "i32", "i64": "i64"}
 FLOATS = ("bf16", "f16", "f32")
 FRAME = "triton/kernel_file.py.jinja"
+_DEF = re.compile(r"^def (\w+)\(", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,16 @@ class TritonKernel(Record):
         return render_python(self.template, name=name, **self.constants(op, GPUS[target]))
 
 
-def kernel_file(kernel: TritonKernel, parts: list[str], target: str) -> str:
-    """A kernel file of the package: the parts of all kernels of one op, each made by ``render``."""
-    helpers = [render_python(helper) for helper in kernel.helpers]
-    return render_python(FRAME, op=identifier(kernel.op), parts=parts, helpers=helpers, target=target)
+def kernel_file(kernels: Collection[TritonKernel], parts: list[str], target: str) -> str:
+    """A kernel file of the package: the parts of all ``kernels``, which are of one op, made by ``render``.
+
+    Of the kernels' helpers it holds those that a part calls.
+    """
+    helpers = dict.fromkeys(helper for kernel in kernels for helper in kernel.helpers)
+    sources = [render_python(helper) for helper in helpers]
+    called = [s for s in sources if any(f"{f}(" in part for f in _DEF.findall(s) for part in parts)]
+    op = identifier(next(iter(kernels)).op)
+    return render_python(FRAME, op=op, parts=parts, helpers=called, target=target)
 
 
 def pointer(dtype: DType) -> str:

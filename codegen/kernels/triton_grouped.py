@@ -16,11 +16,13 @@ from moec.codegen.kernels.triton import (
     signature_lines,
     tensor,
 )
+from moec.codegen.kernels.triton_scales import QUANT_BLOCK, Scales, reasons_against_scales, scales
 from moec.codegen.schedules import Problem, Schedule, parse_ladder, print_ladder
 from moec.codegen.select import ladder
 from moec.errors import BadSchedule
-from moec.ir.devices import GPU
+from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op
+from moec.ir.types import DType, format_block
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Flags:
     w_descriptor: bool
     k_tail: bool
     n_tail: bool
+    to: DType  # of the result
+    scales: Scales | None  # of x and w, where they have any
+    quant: str  # the format of the scales that the result gets; empty: it gets none
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,33 @@ def problem(op: Op) -> Problem:
         itemsize=w.dtype.bits // 8,
         matrices=matrices,
         gathered=op.name == "gather_grouped_linear",
+        quantised=op.attrs.get("quant") is not None,
     )
 
 
 def reasons(op: Op) -> list[str]:
-    x, w = tensor(op.operands[0]), tensor(op.operands[1])
-    found = not_static(E=w.shape[0], N=w.shape[1], K=w.shape[2]) + not_float(x)
+    """Against a product of floats."""
+    x = tensor(op.operands[0])
+    found = not_float(x)
     if op.attrs.get("quant"):
-        found.append("the result is quantised: the kernels store floats")
+        found.append("the result is quantised, but x has no scales")
+    return found or _reasons_against_sizes(op)
+
+
+def scaled_reasons(op: Op) -> list[str]:
+    """Against a product of scaled values."""
+    x, w, y = (tensor(v) for v in (*op.operands[:2], op.results[0]))
+    found = reasons_against_scales(x, w)
+    if (quant := op.attrs.get("quant")) not in (None, QUANT_BLOCK):
+        found.append(f"quant is {format_block(quant)}: a tile holds what {format_block(QUANT_BLOCK)} needs")
+    elif quant is None:
+        found += not_float(y)
+    return found or _reasons_against_sizes(op)
+
+
+def _reasons_against_sizes(op: Op) -> list[str]:
+    w = tensor(op.operands[1])
+    found = not_static(E=w.shape[0], N=w.shape[1], K=w.shape[2])
     if not found and w.shape[2] * w.dtype.bits // 8 % 4:
         # No copy to shared memory is smaller than 4 bytes.
         found = [f"K is {w.shape[2]}: rows of {w.dtype} don't start at multiples of 4 bytes"]
@@ -112,6 +136,7 @@ def constants_of(op: Op, device: GPU, rungs: list[tuple[float, Schedule]]) -> di
 def _form(op: Op, device: GPU, form: str, schedules: tuple[Schedule, ...]) -> FormOfKernel:
     p = problem(op)
     gather = p.gathered
+    x, w, y = tensor(op.operands[0]), tensor(op.operands[1]), tensor(op.results[0])
     slot = op.operands[2 if gather else 3]
     flags = Flags(
         experts=p.experts,
@@ -129,28 +154,39 @@ def _form(op: Op, device: GPU, form: str, schedules: tuple[Schedule, ...]) -> Fo
         w_descriptor=p.descriptors(device),
         k_tail=any(p.depth % s.block_k for s in schedules),
         n_tail=any(p.columns % s.block_n for s in schedules),
+        to=y.dtype,
+        scales=scales(x, w, p.matrices == 2, gather, max(s.block_n for s in schedules)),
+        quant=op.attrs["scale"] if p.quantised else "",
     )
     element = TRITON_TYPES[p.dtype]
-    signature = {
-        "x": f"tensordesc<{element}[BLOCK_M, BLOCK_K]>" if flags.x_descriptor else f"*{element}",
-        "w": f"tensordesc<{element}[1, BLOCK_N, BLOCK_K]>" if flags.w_descriptor else f"*{element}",
-    }
+    signature = {"x": f"tensordesc<{element}[BLOCK_M, BLOCK_K]>" if flags.x_descriptor else f"*{element}"}
+    if flags.scales:
+        signature["x_scale"] = "*fp32"
+    signature["w"] = f"tensordesc<{element}[1, BLOCK_N, BLOCK_K]>" if flags.w_descriptor else f"*{element}"
+    if flags.scales:
+        signature["w_scale"] = "*fp32"
     if slot is not None:
         signature["slot"] = pointer(tensor(slot).dtype)
     off = tensor(op.operands[3 if gather else 2])
-    signature |= {"off": pointer(off.dtype), "y": f"*{element}", "R": "i32"}
+    signature |= {"off": pointer(off.dtype), "y": pointer(y.dtype)}
+    if flags.quant:
+        signature["y_scale"] = "*fp32"
+    signature["R"] = "i32"
     return FormOfKernel(form, flags, signature_lines(signature), schedules)
 
 
-def _kernel(op: str) -> TritonKernel:
+def _kernel(op: str, scaled: bool) -> TritonKernel:
     return TritonKernel(
         op,
         "triton/grouped_linear.py.jinja",
         constants,
-        reasons,
-        helpers=("triton/grouped_tile.py.jinja",),
+        scaled_reasons if scaled else reasons,
+        helpers=("triton/grouped_tile.py.jinja", *(["triton/quantize.py.jinja"] if scaled else [])),
+        targets=tuple(name for name, device in GPUS.items() if device.fp8 or not scaled),
         ladder=lambda op, device: print_ladder(rungs(op, device)),
+        name=f"triton.fp8_{op}" if scaled else "",
     )
 
 
-register(_kernel("gather_grouped_linear"), _kernel("grouped_linear"))
+for _op in ("gather_grouped_linear", "grouped_linear"):
+    register(_kernel(_op, scaled=False), _kernel(_op, scaled=True))

@@ -17,10 +17,19 @@ from moec.ir.op import Op
 from moec.runtime.compile import compile_many
 from moec.runtime.kernel_cache import Cubin
 from moec.runtime.launch import Kernel
-from tests.codegen.triton_kernels import combine_op, grouped_op, load, record, sort_op, source
+from tests.codegen.triton_kernels import (
+    combine_op,
+    fp8_op,
+    grouped_op,
+    load,
+    quant_op,
+    record,
+    sort_op,
+    source,
+)
 
 ROOT = Path(__file__).parents[2]
-INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
+INTERPRETED = ["triton_interpreted.py", "triton_interpreted_fp8.py"]
 V3 = {
     "sort_by_expert": lambda dtype: sort_op(8, 256),
     "gather_grouped_linear": lambda dtype: grouped_op(
@@ -38,11 +47,34 @@ HARD = {
     "pieces": lambda dtype: grouped_op(dtype, 60, 75, 100, gather=True, per_row=6, act="silu"),
     "pieces, down": lambda dtype: grouped_op(dtype, 60, 100, 74, scatter=True),
 }
+# Scaled: as DeepSeek-V3 has it, and what takes more registers.
+V3_FP8 = {
+    "quant": lambda: quant_op("bf16", 7168),
+    "gather_grouped_linear": lambda: fp8_op(
+        256, 2048, 7168, gather=True, per_row=8, act="silu", quant="fp32"
+    ),
+    "grouped_linear": lambda: fp8_op(256, 7168, 2048, scatter=True),
+}
+HARD_FP8 = {
+    "gelu, ue8m0": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="gelu", quant="ue8m0"),
+    "kept in bf16": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="silu"),
+    "no epilogue": lambda: fp8_op(64, 2816, 2048, gather=True, per_row=6),
+    "a scale a row": lambda: fp8_op(
+        64, 2816, 2048, gather=True, per_row=6, act="silu", quant="fp32", scales=("1x*", "1x*")
+    ),
+    "a scale a tensor": lambda: fp8_op(64, 2816, 2048, scales=("*x*", "*x*")),
+    "tails": lambda: fp8_op(60, 75, 208, gather=True, per_row=6, act="gelu_tanh"),
+    "tails, quantised": lambda: fp8_op(60, 200, 208, gather=True, per_row=6, act="gelu", quant="fp32"),
+    "pieces, quantised": lambda: fp8_op(60, 75, 200, gather=True, per_row=6, act="gelu", quant="fp32"),
+    "pieces, down": lambda: fp8_op(60, 200, 76, scatter=True),
+}
 
 
-def test_interpreter_equals_reference() -> None:
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_interpreter_equals_reference(file: str) -> None:
     """In a process of its own: Triton interprets only where that was set before it was imported."""
-    command = [sys.executable, "-m", "pytest", str(INTERPRETED), "-q", "-x", "-p", "no:cacheprovider"]
+    tests = Path(__file__).with_name(file)
+    command = [sys.executable, "-m", "pytest", str(tests), "-q", "-x", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -53,11 +85,18 @@ def test_generated_files_read_as_before(name: str, golden: Callable[[str, str], 
     golden(f"v3_{name}.py.txt", source(V3[name]("bf16")))
 
 
+@pytest.mark.parametrize("name", V3_FP8)
+def test_generated_fp8_files_read_as_before(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"v3_fp8_{name}.py.txt", source(V3_FP8[name]()))
+
+
 @pytest.mark.parametrize("target", GPUS)
 def test_every_op_renders_for_every_target(target: str) -> None:
     """render_python parses what it renders; beyond that, lines have a length and nothing trails."""
     ops = [make("bf16") for make in (V3 | HARD).values()]
     ops += [combine_op("f16", "f32", "f32", 6, 100, slot=True, plus="f32"), V3["grouped_linear"]("f32")]
+    if GPUS[target].fp8:
+        ops += [make() for make in (V3_FP8 | HARD_FP8).values()]
     for op in ops:
         for line in source(op, target).splitlines():
             assert len(line) <= 110 and line == line.rstrip(), line
@@ -80,6 +119,19 @@ def test_offsets_have_64_bits() -> None:
         (lambda: grouped_op("bf16", 4, 16, 34), None),
         (lambda: grouped_op("f32", 4, 16, 33), None),
         (lambda: grouped_op("f8e4m3", 4, 16, 32), "f8e4m3 is none of bf16, f16, f32"),
+        (lambda: fp8_op(4, 16, 32), None),
+        (lambda: fp8_op(4, 16, 34), "multiples of 4 bytes"),
+        (lambda: fp8_op(4, 16, 256, scales=("1x64", "128x128")), "x has scales of 1x64"),
+        (lambda: fp8_op(4, 16, 256, scales=("1x128", "128x64")), "w has scales of 128x64"),
+        (lambda: fp8_op(4, 16, 256, scales=("1x*", "1x*")), None),
+        (lambda: fp8_op(4, 16, 256, to="f64"), "f64 is none of"),
+        (lambda: grouped_op("f8e5m2", 4, 16, 32, scales=("1x128", "128x128")), "f8e5m2 is not f8e4m3"),
+        (lambda: grouped_op("bf16", 4, 16, 32, gather=True, quant="fp32"), "x has no scales"),
+        (lambda: quant_op("bf16", 100), None),
+        (lambda: quant_op("bf16", 100, "1x64"), "block is 1x64"),
+        (lambda: quant_op("bf16", 100, "128x128"), "block is 128x128"),
+        (lambda: quant_op("bf16", 16384, "1x*"), None),
+        (lambda: quant_op("bf16", 16385, "1x*"), "K is 16385"),
         (lambda: sort_op(2, 2047), None),
         (lambda: sort_op(2, 2048), "2048 experts"),
         (lambda: combine_op("bf16", "f32", "f64", 2, 16, slot=True, plus=None), "f64 is none of"),
@@ -102,20 +154,23 @@ def compiled(
     return [(f"{r.function} {r.variant}", c) for r, c in zip(requests, cubins, strict=True)]
 
 
-def check_hopper(op: Op, schedules: list[Schedule] | None, folder: Path) -> None:
+def check_hopper(op: Op, schedules: list[Schedule] | None, folder: Path, instruction: str = "HGMMA") -> None:
     limit, most = GPUS["sm_90a"].smem_per_block, estimates(problem(op))
     for name, cubin in compiled(op, schedules, folder):
         facts = cubin.facts
         assert facts.spills == 0, f"{name} spills"
         assert facts.shared_dynamic <= min(limit, most[name.split()[1]]), name
-        assert facts.matrix and all(m.startswith("HGMMA.64x") for m in facts.matrix), (name, facts.matrix)
+        assert facts.matrix and all(m.startswith(f"{instruction}.64x") for m in facts.matrix), (
+            name,
+            facts.matrix,
+        )
         if "_swapped 16x" in name:
-            assert list(facts.matrix) == ["HGMMA.64x16x16"], name
+            assert all(m.startswith(f"{instruction}.64x16x") for m in facts.matrix), name
 
 
 def estimates(p: Problem) -> dict[str, int]:
     """The shared memory that a tile is taken to need."""
-    return {s.tile: p.shared_memory(s) for s in space(p, GPUS["sm_90a"])}
+    return {s.tile: p.shared_memory(s, GPUS["sm_90a"]) for s in space(p, GPUS["sm_90a"])}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -143,6 +198,42 @@ def test_whole_space_on_hopper(name: str, dtype: str, tmp_path: Path) -> None:
     check_hopper(op, space(problem(op), GPUS["sm_90a"]), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["gather_grouped_linear", "grouped_linear"])
+def test_picked_fp8_schedules_on_hopper(name: str, tmp_path: Path) -> None:
+    check_hopper(V3_FP8[name](), None, tmp_path, "QGMMA")
+
+
+@pytest.mark.parametrize("name", HARD_FP8)
+def test_hard_fp8_shapes_on_hopper(name: str, tmp_path: Path) -> None:
+    """Of each form the schedule with the most sums."""
+    op = HARD_FP8[name]()
+    p = problem(op)
+    most_sums_last = sorted(space(p, GPUS["sm_90a"]), key=lambda s: (p.sums(s), s.block_m))
+    worst = {s.form: s for s in most_sums_last}
+    check_hopper(op, list(worst.values()), tmp_path, "QGMMA")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gather_grouped_linear", "grouped_linear", *HARD_FP8])
+def test_whole_fp8_space_on_hopper(name: str, tmp_path: Path) -> None:
+    op = (V3_FP8 | HARD_FP8)[name]()
+    check_hopper(op, space(problem(op), GPUS["sm_90a"]), tmp_path, "QGMMA")
+
+
+def test_scales_are_copied_ahead(tmp_path: Path) -> None:
+    """Beside the operands, asynchronously: no step waits for its scales, two rows' of x and one of w."""
+    schedules = [Schedule("rows", 64, 128, 128, 8, stages) for stages in (3, 4)]
+    cubins = compiled(V3_FP8["grouped_linear"](), schedules, tmp_path)
+    assert [cubin.facts.loads.get("LDGSTS.32", 0) for _, cubin in cubins] == [3 * 3, 3 * 4]
+
+
+def test_quant_on_hopper(tmp_path: Path) -> None:
+    for name, cubin in compiled(V3_FP8["quant"](), None, tmp_path):
+        facts = cubin.facts
+        wide = {"LDG.64" if "1w1" in name else "LDG.128"}
+        assert not facts.spills and facts.loads.keys() == wide, (name, facts.loads)
+
+
 def test_sort_and_combine_on_hopper(tmp_path: Path) -> None:
     cubins = dict(compiled(V3["sort_by_expert"]("bf16"), None, tmp_path))
     cubins |= dict(compiled(V3["combine"]("bf16"), None, tmp_path))
@@ -165,3 +256,16 @@ def test_other_targets_compile(target: str, name: str, tmp_path: Path) -> None:
     limit = GPUS[target].smem_per_block
     for variant, cubin in compiled(V3[name]("bf16"), None, tmp_path, target):
         assert cubin.facts.shared_dynamic <= limit, variant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", V3_FP8)
+@pytest.mark.parametrize("target", [t for t in GPUS if GPUS[t].fp8 and t != "sm_90a"])
+def test_fp8_on_other_targets(target: str, name: str, tmp_path: Path) -> None:
+    """The matrix unit's fp8 instructions, whatever they are called there; sm_120a stores a few registers."""
+    op = V3_FP8[name]()
+    most = 8 if target == "sm_120a" else 0
+    for variant, cubin in compiled(op, None, tmp_path, target):
+        facts = cubin.facts
+        assert facts.shared_dynamic <= GPUS[target].smem_per_block and facts.spills <= most, variant
+        assert all("QMMA" in m for m in facts.matrix) and (facts.matrix or name == "quant"), variant

@@ -94,7 +94,7 @@ def test_shared_memory_is_enforced() -> None:
     assert any("bytes of shared memory" in r for r in reasons_against(big, V3_UP, GPUS["sm_89"]))
     assert any("bytes of shared memory" in r for r in reasons_against(replace(big, stages=5), V3_UP, H100))
     for device in GPUS.values():
-        assert all(V3_UP.shared_memory(s) <= device.smem_per_block for s in space(V3_UP, device))
+        assert all(V3_UP.shared_memory(s, device) <= device.smem_per_block for s in space(V3_UP, device))
 
 
 def test_slow_or_spilling_schedules_are_refused() -> None:

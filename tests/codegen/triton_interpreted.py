@@ -1,98 +1,25 @@
 """Every Triton template against its op's reference, in Triton's interpreter.
 
 Run by test_triton_kernels.py in a process of its own, since Triton fixes its mode when it is imported.
-
-fp16 and fp32 only: the interpreter's products of bf16 are wrong (Triton 3.6).
 """
 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime.interpreter import interpreter_builder
 
 from moec.codegen.schedules import Schedule
 from moec.ir.ops.moe import SortByExpert
 from moec.ir.types import DTYPES
-from moec.runtime.triton_mode import interpreting
-from tests.codegen import triton_kernels
+from tests.codegen.interpreted import FOLDER, call, close, folder, normal, poisoned, routings
 from tests.codegen.triton_kernels import combine_op, grouped_op, sort_op, source
 
-assert interpreting(), "TRITON_INTERPRET=1 must be set"
-
-TOLERANCE = {torch.float16: 4e-3, torch.float32: 2e-5}
-FOLDER: dict[str, Path] = {}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    FOLDER["kernels"] = tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows: it is NaN, or a number that is no row's."""
-    empty = torch.Tensor.new_empty
-
-    def new_empty(self: torch.Tensor, *size: Any, **kwargs: Any) -> torch.Tensor:
-        out = empty(self, *size, **kwargs)
-        return out.fill_(torch.nan if out.is_floating_point() else -99)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-
-
-@st.composite
-def routings(draw: Any, most_tokens: int = 12) -> tuple[int, int, torch.Tensor]:
-    """Experts, choices a token, ids [T, k]: at random, all to one, to two of many, or some to none."""
-    experts = draw(st.sampled_from([1, 3, 4, 8]))
-    k = draw(st.sampled_from([1, 2, 6]))
-    tokens = draw(st.sampled_from([0, 1, 2, 5, most_tokens]))
-    kind = draw(st.sampled_from(["random", "one", "skew", "skip", "none"]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 16)))
-    low, high = {
-        "random": (0, experts),
-        "one": (experts - 1, experts),
-        "skew": (0, min(2, experts)),
-        "skip": (-2, experts + 2),
-        "none": (experts, experts + 3),
-    }[kind]
-    ids = torch.randint(low, high, (tokens, k), generator=generator, dtype=torch.int32)
-    return experts, k, ids
-
-
-def normal(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def call(op: Any, text: str, folder: Path, *operands: Any) -> Any:
-    """What the kernel makes of ``operands``.
-
-    It must be the same bits whether its programs run from first to last or from last to first: then none
-    writes what is another's.
-    """
-    forwards = triton_kernels.call(op, text, folder, *operands)
-    index = interpreter_builder.set_grid_idx
-
-    def mirrored(x: int, y: int, z: int) -> None:
-        index(interpreter_builder.grid_dim[0] - 1 - x, y, z)
-
-    with patch.object(interpreter_builder, "set_grid_idx", mirrored):
-        backwards = triton_kernels.call(op, text, folder, *operands)
-    torch.testing.assert_close(backwards, forwards, rtol=0, atol=0, equal_nan=True)
-    return forwards
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance = TOLERANCE[expected.dtype]
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
-
+__all__ = ["folder", "poisoned"]  # fixtures, which pytest finds by name
 
 SCHEDULES = st.builds(
     Schedule,
@@ -107,7 +34,7 @@ SCHEDULES = st.builds(
 TARGETS = st.sampled_from(["sm_80", "sm_90a"])
 COLUMNS = st.sampled_from([1, 16, 24, 33, 70])
 DEPTHS = st.sampled_from([8, 16, 22, 40])
-FLOATS = st.sampled_from(["f16", "f32"])
+FLOATS = st.sampled_from(["bf16", "f16", "f32"])
 
 
 @given(
@@ -227,7 +154,7 @@ def test_sort_of_many_slots(low: int, high: int, experts: int) -> None:
     FLOATS,
     FLOATS,
     FLOATS,
-    st.sampled_from([None, "f16", "f32"]),
+    st.sampled_from([None, "bf16", "f16", "f32"]),
     st.booleans(),
 )
 @settings(max_examples=15)

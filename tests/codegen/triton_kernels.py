@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from moec.codegen.kernels import KERNELS
-from moec.codegen.kernels.triton import TritonKernel, kernel_file
+from moec.codegen.kernels.triton import TritonKernel, kernel_file, tensor
 from moec.codegen.kernels.triton_grouped import constants_of
 from moec.codegen.render import render_python
 from moec.codegen.schedules import Schedule
@@ -29,20 +29,48 @@ def grouped_op(
     per_row: int = 1,
     act: str | None = None,
     scatter: bool = False,
+    scales: tuple[str, str] = ("", ""),
+    quant: str = "",
+    to: str = "bf16",
 ) -> Op:
-    """A grouped product with ``columns`` columns of output; ``act`` means a SwiGLU epilogue."""
+    """A grouped product with ``columns`` columns of output; ``act`` means a SwiGLU epilogue.
+
+    ``scales``: the blocks of x and w in fp8 (``1x128``), whose result is ``to``, or with ``quant`` (``fp32``
+    or ``ue8m0``) fp8 too.
+    """
     rows = columns * (2 if act else 1)
-    args = [f"%w: {dtype}[{experts},{rows},{depth}]", f"%off: i32[{experts + 1}]"]
+    x_scale, w_scale = (f"@s{block}" if block else "" for block in scales)
+    args = [f"%w: {dtype}[{experts},{rows},{depth}]{w_scale}", f"%off: i32[{experts + 1}]"]
+    attrs, made = [], dtype
+    if x_scale and not quant:
+        made, attrs = to, [f"to={to}"]
+    if quant:
+        made, attrs = "f8e4m3", ["quant=1x128", f"scale={quant}"]
     if gather:
-        args += [f"%x: {dtype}[T,{depth}]", f"%slot: i32[{per_row}*T~{experts}]"]
-        epilogue = f", act={act}, epilogue=swiglu" if act else ""
-        line = f"gather_grouped_linear(%x, %w, %slot, %off) {{per_row={per_row}{epilogue}}}"
-        type = f"{dtype}[{per_row}*T~{experts},{columns}]"
+        args += [f"%x: {dtype}[T,{depth}]{x_scale}", f"%slot: i32[{per_row}*T~{experts}]"]
+        attrs += [f"per_row={per_row}", *([f"act={act}", "epilogue=swiglu"] if act else [])]
+        line = f"gather_grouped_linear(%x, %w, %slot, %off) {{{', '.join(attrs)}}}"
+        type = f"{made}[{per_row}*T~{experts},{columns}]{'@s1x128' if quant else ''}"
     else:
-        args += [f"%x: {dtype}[R~{experts},{depth}]", *([f"%slot: i32[R~{experts}]"] if scatter else [])]
-        line = f"grouped_linear(%x, %w, %off{', %slot' if scatter else ''})"
-        type = f"{dtype}[R,{columns}]" if scatter else f"{dtype}[R~{experts},{columns}]"
+        args += [
+            f"%x: {dtype}[R~{experts},{depth}]{x_scale}",
+            *([f"%slot: i32[R~{experts}]"] if scatter else []),
+        ]
+        line = f"grouped_linear(%x, %w, %off{', %slot' if scatter else ''})" + (
+            f" {{{', '.join(attrs)}}}" if attrs else ""
+        )
+        type = f"{made}[R,{columns}]" if scatter else f"{made}[R~{experts},{columns}]"
     return op(args, line, type)
+
+
+def fp8_op(experts: int, columns: int, depth: int, **how: Any) -> Op:
+    """A grouped product of fp8 with scales as DeepSeek-V3 has them, unless ``scales`` says others."""
+    return grouped_op("f8e4m3", experts, columns, depth, **{"scales": ("1x128", "128x128"), **how})
+
+
+def quant_op(dtype: str, depth: int, block: str = "1x128", scale: str = "fp32") -> Op:
+    line = f"quant(%x) {{block={block}, scale={scale}}}"
+    return op([f"%x: {dtype}[T,{depth}]"], line, f"f8e4m3[T,{depth}]@s{block}")
 
 
 def combine_op(rows: str, w: str, to: str, k: int, width: int, slot: bool, plus: str | None) -> Op:
@@ -67,17 +95,20 @@ def op(args: list[str], line: str, type: str) -> Op:
 
 
 def record(op: Op) -> TritonKernel:
-    return next(k for k in KERNELS if isinstance(k, TritonKernel) and k.op == op.name)
+    """The Triton record of ``op``, which may refuse it; of two, the second is for scaled operands."""
+    scaled = tensor(op.operands[0]).scale is not None
+    records = [k for k in KERNELS if isinstance(k, TritonKernel) and k.op == op.name]
+    return records[-1] if scaled else records[0]
 
 
 def source(op: Op, target: str = "sm_90a", schedules: list[Schedule] | None = None) -> str:
     """The kernel file of one op, its function named as the op; ``schedules``: in place of those picked."""
     kernel = record(op)
     if schedules is None:
-        return kernel_file(kernel, [kernel.render(op, op.name, target)], target)
+        return kernel_file([kernel], [kernel.render(op, op.name, target)], target)
     rungs = [(float(i + 1), s) for i, s in enumerate(schedules[:-1])] + [(math.inf, schedules[-1])]
     constants = constants_of(op, GPUS[target], rungs)
-    return kernel_file(kernel, [render_python(kernel.template, name=op.name, **constants)], target)
+    return kernel_file([kernel], [render_python(kernel.template, name=op.name, **constants)], target)
 
 
 def load(text: str, folder: Path) -> ModuleType:
@@ -94,5 +125,6 @@ def load(text: str, folder: Path) -> ModuleType:
 
 
 def call(op: Op, text: str, folder: Path, *operands: Any) -> Any:
-    """What the generated function makes of the operands that are there."""
-    return getattr(load(text, folder), op.name)(*[o for o in operands if o is not None])
+    """What the generated function makes of the operands that are there; of a scaled one, of both tensors."""
+    given = [part for o in operands if o is not None for part in (o[:2] if isinstance(o, tuple) else [o])]
+    return getattr(load(text, folder), op.name)(*given)
