@@ -52,11 +52,15 @@ class Costs:
     sizes: Mapping[str, float]
     routing: Routing = field(default_factory=Uniform)
     _functions: dict[str, Price] = field(default_factory=dict)
+    _ops: dict[Op, Price] = field(default_factory=dict)
 
     def op(self, op: Op) -> Price:
         """An op's own, or all runs of a loop's body. Raises BadOption where a symbol has no number."""
-        if isinstance(op, Loop):
-            return self._loop(op)
+        if op not in self._ops:
+            self._ops[op] = self._loop(op) if isinstance(op, Loop) else self._own(op)
+        return self._ops[op]
+
+    def _own(self, op: Op) -> Price:
         if self._idle(op):
             return Price(launches=op.launches)
         cost = op.cost()
@@ -96,7 +100,7 @@ class Costs:
         tokens, k = (self.number(d) for d in chosen.id.type.shape)
         running = self.routing.active(len(op.range), int(k), tokens)
         rows = tokens * k / running if running else 0.0
-        return running, replace(self, sizes={**self.sizes, chosen.rows: rows}, _functions={})
+        return running, replace(self, sizes={**self.sizes, chosen.rows: rows}, _functions={}, _ops={})
 
     def number(self, expr: Any) -> float:
         """The value of a size or cost."""
