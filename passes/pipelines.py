@@ -41,6 +41,6 @@ def _pipeline(level: int, target: str) -> list[str]:
         # fp8-cast
         # What is computed together: on GPUs, which pay for every trip to memory.
         *(["permute-fusion", "norm-fusion"] if target != "cpu" else []),
-        # rope-cache-fusion
+        *(["rope-cache-fusion"] if target != "cpu" else []),
         *last,
     ]

@@ -311,6 +311,64 @@ def _cache_write(g: Graph) -> Any:
     return g.cache
 
 
+def _table(g: Graph, width: int) -> tuple[Value, Value]:
+    return g.fresh(f32, N, width // 2), g.fresh(f32, N, width // 2)
+
+
+def _heads(
+    g: Graph, dtype: DType, heads: int, columns: int
+) -> tuple[Value, Value, Value | None, dict[str, Any]]:
+    """cos, sin, perhaps a norm's weight, and the attributes of what turns heads of so many columns."""
+    width = g.draw(of([n for n in (2, 4) if n <= columns]))
+    norm, w, eps = "head", None, 0.0
+    if g.draw(st.booleans()):
+        norm, eps = g.draw(of(["head", "full"])), 1e-3
+        w = g.param(g.draw(of([f32, dtype])), columns * (heads if norm == "full" else 1))
+    how = {"norm": norm, "eps": eps, "layout": g.draw(of(["interleaved", "half"]))}
+    how["start"] = g.draw(st.integers(0, columns - width))
+    if g.draw(st.booleans()):
+        how |= {"lo": -0.5, "hi": 0.5}
+    return *_table(g, width), w, how
+
+
+@draws("norm_rope")
+def _norm_rope(g: Graph) -> Any:
+    dtype, heads, columns = g.draw(of([f32, bf16])), g.draw(small), g.draw(st.integers(2, 5))
+    cos, sin, w, how = _heads(g, dtype, heads, columns)
+    before = g.fresh(dtype, N, heads, g.draw(small)) if g.draw(st.booleans()) else None
+    return g.op("norm_rope", g.fresh(dtype, N, heads, columns), cos, sin, w, before, **how)
+
+
+def _writable(g: Graph, *entry: int) -> tuple[Value, Value, Value]:
+    """A cache of its own, a layer's number, and different slots, some of them none."""
+    pages = {0: torch.full((4 * PAGES, *entry), torch.nan)}
+    cache = g.argument(CacheType(f32, entry, 4), PagedCache(4, pages))
+    places = g.draw(st.permutations(range(4 * PAGES)))[: g.tokens]
+    slots = [p if g.draw(st.booleans()) else -1 for p in places]
+    return cache, g.argument(IndexType(), 0), g.integers(slots, N)
+
+
+@draws("kv_cache_write")
+def _kv_cache_write(g: Graph) -> Any:
+    heads, columns = g.draw(small), g.draw(st.integers(2, 5))
+    cache, layer, slots = _writable(g, 2 * heads, columns)
+    cos, sin, w, how = _heads(g, f32, heads, columns)
+    k, v = g.fresh(f32, N, heads, columns), g.fresh(f32, N, heads, columns)
+    how["clamp_v"] = g.draw(st.booleans())
+    g.cache = g.op("kv_cache_write", cache, layer, k, v, cos, sin, slots, w, **how)
+    return g.cache
+
+
+@draws("latent_cache_write")
+def _latent_cache_write(g: Graph) -> Any:
+    rank, width = g.draw(small), g.draw(of([2, 4]))
+    cache, layer, slots = _writable(g, rank + width)
+    kv_a, w, (cos, sin) = g.fresh(f32, N, rank + width), g.param(f32, rank), _table(g, width)
+    how = {"eps": 1e-3, "layout": g.draw(of(["interleaved", "half"]))}
+    g.cache = g.op("latent_cache_write", cache, layer, kv_a, w, cos, sin, slots, **how)
+    return g.cache
+
+
 @draws("cache_read")
 def _cache_read(g: Graph) -> Any:
     if g.cache is None:
