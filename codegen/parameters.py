@@ -18,6 +18,18 @@ MOVES = {"stack", "concat", "split", "reshape", "cast", "scaled", "quant", "dequ
 
 Scope = tuple[str, tuple[Range, ...]]
 
+# What a parameter is that an op takes as this operand; any other is a matrix.
+KINDS = {
+    ("rms_norm", "w"): "norm",
+    ("add_rms_norm", "w"): "norm",
+    ("norm_rope", "w"): "norm",
+    ("kv_cache_write", "w"): "norm",
+    ("latent_cache_write", "w"): "norm",
+    ("linear", "bias"): "bias",
+    ("route", "bias"): "bias",
+    ("scaled", "scale"): "scale",
+}
+
 
 def manifest_tensors(module: Module) -> dict[str, list[dict[str, Any]]]:
     """``parameters``: what the kernels use; ``checkpoint``: what is read for it.
@@ -78,12 +90,9 @@ def _bound(module: Module) -> Iterator[Any]:
 def _kind(module: Module, function: Function, value: Value) -> str:
     """By its use, followed through what only moves elements: passes must not change what a seed draws."""
     for op, number in function.uses(value):
-        if op.name == "rms_norm" and number == 1:
-            return "norm"
-        if op.name in ("linear", "route") and op.operand_specs[number].name == "bias":
-            return "bias"
-        if op.name == "scaled" and number == 1:
-            return "scale"
+        spec = op.operand_specs[min(number, len(op.operand_specs) - 1)]
+        if kind := KINDS.get((op.name, spec.name)):
+            return kind
         if op.name in MOVES:
             after: list[tuple[Function, Value]] = [(function, res) for res in op.results]
         elif isinstance(op, Bind):

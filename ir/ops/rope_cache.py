@@ -106,8 +106,10 @@ def turned(
 
 
 class NormRope(Heads, name="norm_rope"):
-    """Queries made ready for attention. ``before`` stands in front of each head's columns as it is: queries
-    in the latent's space, before what turns with the position."""
+    """Queries made ready for attention: normed and clamped where they are to be, then turned.
+
+    ``before`` stands in front of each head's columns as it is: queries in the latent's space, before what
+    turns with the position."""
 
     x = operand("[N, h, D]")
     cos = operand("[N, R/2]")
@@ -142,8 +144,9 @@ class NormRope(Heads, name="norm_rope"):
 
 
 class KVCacheWrite(Heads, name="kv_cache_write"):
-    """Keys are made ready for attention; they and their values, heads of keys first, are put into the slots
-    of a layer's pages as ``cache_write`` puts entries."""
+    """Keys made ready for attention, and their values, put into a layer's pages.
+
+    Heads of keys come first in an entry, which goes into its slot as ``cache_write`` puts it."""
 
     cache = operand("cache, entries [2·h, D]")
     layer = operand("index")
@@ -186,8 +189,10 @@ class KVCacheWrite(Heads, name="kv_cache_write"):
 
 
 class LatentCacheWrite(Op, name="latent_cache_write"):
-    """The entry of multi-head latent attention: c, the first columns, behind its ``rms_norm``, then k_pe,
-    turned as ``rope`` turns it, put into the slots of a layer's pages as ``cache_write`` puts entries."""
+    """The entries of multi-head latent attention, put into a layer's pages.
+
+    An entry is c, the first columns, behind its ``rms_norm``, then k_pe, turned as ``rope`` turns it. It goes
+    into its slot as ``cache_write`` puts it."""
 
     cache = operand("cache, entries [C+R]")
     layer = operand("index")

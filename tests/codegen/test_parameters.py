@@ -163,6 +163,15 @@ def test_kinds_follow_the_use() -> None:
     assert kinds["model.layers.1.mlp.gate.weight"] == kinds["lm_head.weight"] == "matrix"
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_passes_change_neither_what_is_read_nor_its_kind(name: str) -> None:
+    """A seed draws the same checkpoint for every pipeline and target."""
+    naive = models.lower(SPECS[name]())
+    wanted = {n: e["kind"] for e in manifest_tensors(naive)["checkpoint"] for n in expand(e)}
+    passes.PassManager(passes.pipeline(3, "sm_90a")).run(naive)
+    assert wanted == {n: e["kind"] for e in manifest_tensors(naive)["checkpoint"] for n in expand(e)}
+
+
 @given(moe_blocks())
 def test_the_load_program_makes_what_the_interpreter_makes(block: MoE) -> None:
     m = block.build()
