@@ -83,7 +83,7 @@ def test_presets_targets_and_passes_exist() -> None:
     assert set(presets) <= set(PRESETS)
     targets = [row[0].strip("`") for row in rows("| target | ")]
     assert targets == list(TARGETS)
-    (sentence,) = re.findall(r"^Passes so far: (.*?)\.", README, re.M)
+    (sentence,) = re.findall(r"^Passes so far: (.*?)\.", README, re.M | re.S)
     assert set(re.findall(r"`([\w-]+)`", sentence)) == set(PASSES)
 
 
