@@ -35,6 +35,7 @@ class Function:
 
     def __init__(self, name: str, arguments: Sequence[tuple[str, Type]] = ()) -> None:
         self.name = name
+        self.written: SourceLoc | None = None  # where it begins in IR text, if it was read from such
         self.listeners: list[Listener] = []
         self.params: dict[str, Param] = {}
         self._graph: nx.MultiDiGraph = nx.MultiDiGraph()
@@ -305,6 +306,7 @@ class Function:
 
     def clone(self) -> Function:
         new = Function(self.name, [(a.name, a.type) for a in self.args])
+        new.written = self.written
         values: dict[Value, Value] = dict(zip(self.args, new.args, strict=True))
         for name, param in self.params.items():
             values[param] = new.param(name, param.type)

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from moec.errors import IRError, MoecError, ParseError, SourceLoc
+from moec.ir.blame import pointing
 from moec.ir.cost import describe, op_cost
 from moec.ir.graph import Function, Module
 from moec.ir.op import ANNOTATIONS, Op, Value, op_class
 from moec.ir.ops.control import Loop, Return
-from moec.ir.types import parse_type
+from moec.ir.types import Type, parse_type
 
 VERSION = 1
 _NAME = r"[A-Za-z_][\w.-]*"
@@ -118,7 +119,7 @@ def _derived(op: Op, module: Module | None, bounds: dict[Any, Any]) -> list[str]
 
 # Parsing.
 def parse_module(text: str, file: str = "<ir>") -> Module:
-    """The module that the text describes. Raises a MoecError that names the line."""
+    """The module that the text describes. Raises a MoecError that names the line and the column."""
     return _Parser(text, file).module()
 
 
@@ -135,8 +136,8 @@ def read_module(path: Path | str) -> Module:
 
 class _Parser:
     def __init__(self, text: str, file: str) -> None:
-        self.file = file
-        lines = [(i, *strip_derived(line.strip())) for i, line in enumerate(text.split("\n"), start=1)]
+        self.file, self.raw = file, text.split("\n")
+        lines = [(i, *strip_derived(line.strip())) for i, line in enumerate(self.raw, start=1)]
         self.lines = [(number, body, derived) for number, body, derived in lines if body]
         self.at = 0
         self.line_number = 0
@@ -149,14 +150,26 @@ class _Parser:
         self.at += 1
         return body, derived
 
-    def error(self, message: str) -> ParseError:
-        return ParseError(message, loc=SourceLoc(self.file, self.line_number))
+    def error(self, message: str, token: str = "") -> ParseError:
+        return ParseError(message, loc=pointing(self.here, message, token))
+
+    @property
+    def here(self) -> SourceLoc:
+        """The line that is being read."""
+        text = self.raw[self.line_number - 1] if self.line_number else ""
+        return SourceLoc(self.file, self.line_number, text=text)
+
+    def read_type(self, text: str) -> Type:
+        try:
+            return parse_type(text)
+        except MoecError as error:
+            raise error.at(pointing(self.here, error.message, text)) from None
 
     def module(self) -> Module:
         try:
             return self._module()
         except MoecError as error:
-            raise error.at(SourceLoc(self.file, self.line_number)) from None
+            raise error.at(pointing(self.here, error.message)) from None
 
     def _module(self) -> Module:
         if not self.lines:
@@ -189,10 +202,11 @@ class _Parser:
         name, args, result = match.groups()
         values: dict[str, Value] = {}
         function = Function(name)
+        function.written = self.here
         for part in split_top(args):
             arg, type_text = self._declaration(part, _ARGUMENT, "argument: '%name: type' is")
             self._new([arg], values)
-            values[arg] = function.add_argument(arg[1:], parse_type(type_text))
+            values[arg] = function.add_argument(arg[1:], self.read_type(type_text))
         while True:
             body, derived = self.next()
             if body == "end":
@@ -203,15 +217,18 @@ class _Parser:
                 text = body.removeprefix("param ")
                 param, type_text = self._declaration(text, _PARAMETER, "parameter: '$name: type' is")
                 self._new([param], values)
-                values[param] = function.param(param[1:], parse_type(type_text))
+                values[param] = function.param(param[1:], self.read_type(type_text))
             elif body == "return" or body.startswith("return "):
                 function.ret(*self._operands(body.removeprefix("return"), values))  # type: ignore[arg-type]
             else:
                 self._op(function, body, derived, values)
-        written = [parse_type(t) for t in split_top(result[1:-1] if result[:1] == "(" else result)]
+        end, self.line_number = self.line_number, function.written.line
+        written = [self.read_type(t) for t in split_top(result[1:-1] if result[:1] == "(" else result)]
         returned = [v.type for v in function.outputs]
         if written != returned:
-            raise IRError(f"@{name} says it returns {result}, but returns ({', '.join(map(str, returned))})")
+            message = f"@{name} says it returns {result}, but returns ({', '.join(map(str, returned))})"
+            raise IRError(message, loc=pointing(self.here, message, f"-> {result}"))
+        self.line_number = end
         return function
 
     def _declaration(self, text: str, pattern: re.Pattern[str], wanted: str) -> tuple[str, str]:
@@ -223,13 +240,13 @@ class _Parser:
     def _new(self, names: list[str], values: dict[str, Value]) -> None:
         for i, name in enumerate(names):
             if name in values or name in names[:i]:
-                raise self.error(f"{name} is defined twice")
+                raise self.error(f"{name} is defined twice", name)
 
     def _operands(self, text: str, values: dict[str, Value]) -> list[Value | None]:
         found: list[Value | None] = []
         for part in split_top(text):
             if part != "_" and part not in values:
-                raise self.error(f"{part} isn't defined above")
+                raise self.error(f"{part} isn't defined above", part)
             found.append(None if part == "_" else values[part])
         return found
 
@@ -260,14 +277,15 @@ class _Parser:
         op = function.create(cls(self._operands(args, values), attrs), [n[1:] for n in names])
         if len(op.results) != len(names):
             raise self.error(f"{op_name} has {len(op.results)} results, not {len(names)}")
-        written = [parse_type(t) for t in split_top(types)]
+        written = [self.read_type(t) for t in split_top(types)]
         if len(written) != len(names):
             raise self.error(f"{len(names)} results but {len(written)} types")
-        for res, type in zip(op.results, written, strict=True):
+        for res, type, type_text in zip(op.results, written, split_top(types), strict=True):
             if res.type != type:
-                raise op.mismatch(f"{res.text} is written as {type} but is {res.type}")
+                error = op.mismatch(f"{res.text} is written as {type} but is {res.type}")
+                raise error.at(pointing(self.here, error.message, type_text))
         op.loc, op.origin = _parse_derived(derived)  # last: a mistake above is one in this text
-        op.written = SourceLoc(self.file, self.line_number)
+        op.written = self.here
         values.update((r.text, r) for r in op.results)
 
     def _cut_attrs(self, text: str) -> tuple[str, str]:
@@ -285,7 +303,7 @@ class _Parser:
             if not equals:
                 raise self.error(f"{part!r} is no attribute: 'name=value' is")
             if key in attrs:
-                raise self.error(f"{cls.name}: {key} is given twice")
+                raise self.error(f"{cls.name}: {key} is given twice", part)
             spec = cls.attr_specs.get(key) or ANNOTATIONS.get(key)
             if spec is None:
                 attrs[key] = value  # the op refuses it, naming the nearest
@@ -293,7 +311,7 @@ class _Parser:
             try:
                 attrs[key] = spec.kind.parse(value)
             except (ValueError, KeyError, IndexError):
-                raise self.error(f"{cls.name}: {key}={value} is no {spec.kind.name}") from None
+                raise self.error(f"{cls.name}: {key}={value} is no {spec.kind.name}", part) from None
         return attrs
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 
 import networkx as nx
 
-from moec.errors import IRError, MoecError
+from moec.errors import IRError, MoecError, nearest
+from moec.ir.blame import point_at
 from moec.ir.graph import Function, Module, consumes
-from moec.ir.op import OpResult, Value
+from moec.ir.op import Op, OpResult, Value
 from moec.ir.ops.control import Call, ForEach, Loop
 from moec.ir.ops.moe import ExpertSlots, Route
 from moec.ir.types import STATE_TYPES, CacheType, IndexType, TensorType, Type, symbol
@@ -31,14 +32,22 @@ def verify(module: Module) -> None:
     for function in module:
         for op in function.ops:
             if isinstance(op, Loop) and op.callee not in module:
-                raise IRError(f"@{function.name}: @{op.callee} is run but isn't there", loc=op.loc)
+                hint = nearest(op.callee, module.functions)
+                error = IRError(f"@{function.name}: @{op.callee} is run but isn't there{hint}")
+                raise point_at(error, op)
     graph = module.call_graph()
     if not nx.is_directed_acyclic_graph(graph):
-        raise IRError(
-            "functions run each other in a circle: " + " -> ".join(f"@{e[0]}" for e in nx.find_cycle(graph))
-        )
+        names = [edge[0] for edge in nx.find_cycle(graph)]
+        circle = " -> ".join(f"@{name}" for name in [*names, names[0]])
+        error = IRError(f"functions run each other in a circle: {circle}")
+        raise point_at(error, module[names[0]])
     for function in module:
-        _verify_function(function, module)
+        try:
+            _verify_function(function, module)
+        except MoecError as error:
+            if error.loc is None:
+                point_at(error, function)
+            raise
 
 
 def _verify_function(function: Function, module: Module) -> None:
@@ -57,26 +66,29 @@ def _verify_function(function: Function, module: Module) -> None:
     known = {s for arg in function.args for s in _symbols(arg.type)} | {symbol(n) for n in module.bounds}
     for op in function.ops:
         try:
-            inferred = op.infer()
+            _verify_op(op, function, module, known)
         except MoecError as error:
-            raise error.at(op.loc) from None
-        types = inferred if isinstance(inferred, tuple) else (inferred,)
-        for res, type in zip(op.results, types, strict=True):
-            if res.type != type:
-                raise op.mismatch(f"{res.text} is {res.type} but its operands make it {type}")
-        if "rows" in op.attrs:
-            known.add(symbol(op.attrs["rows"]))
-        for res in op.results:
-            for unknown in set(_symbols(res.type)) - known:
-                raise IRError(
-                    f"@{function.name}: nothing defines the symbol {unknown} of {res!r}", loc=op.loc
-                )
-        if isinstance(op, Loop):
-            _verify_loop(op, module)
+            raise point_at(error, op) from None
     for value in function.values():
         if isinstance(value.type, STATE_TYPES):
             _verify_state(function, value)
     _verify_layers(function)
+
+
+def _verify_op(op: Op, function: Function, module: Module, known: set[object]) -> None:
+    """``known`` are the symbols that something above defines; those of ``op`` are added."""
+    inferred = op.infer()
+    types = inferred if isinstance(inferred, tuple) else (inferred,)
+    for res, type in zip(op.results, types, strict=True):
+        if res.type != type:
+            raise op.mismatch(f"{res.text} is {res.type} but its operands make it {type}")
+    if "rows" in op.attrs:
+        known.add(symbol(op.attrs["rows"]))
+    for res in op.results:
+        for unknown in set(_symbols(res.type)) - known:
+            raise IRError(f"@{function.name}: nothing defines the symbol {unknown} of {res!r}", loc=op.loc)
+    if isinstance(op, Loop):
+        _verify_loop(op, module)
 
 
 def _symbols(type: Type) -> Iterator[object]:
@@ -146,8 +158,8 @@ def _verify_layers(function: Function) -> None:
             others.insert(place, op)
 
 
-def _broken(op: Loop, message: str) -> IRError:
-    return IRError(f"{op.name} @{op.callee}: {message}", loc=op.loc)
+def _broken(op: Loop, message: str) -> MoecError:
+    return point_at(IRError(f"{op.name} @{op.callee}: {message}", loc=op.loc), op)
 
 
 def _list(types: Iterable[Type]) -> str:
@@ -159,10 +171,8 @@ def _verify_state(function: Function, value: Value) -> None:
     users = [op for op, _ in function.uses(value)]
     takers = [op for op in users if consumes(op, value)]
     if len(takers) > 1:
-        raise IRError(
-            f"@{function.name}: {value.text} has two successors, by {takers[0]!r} and {takers[1]!r}"
-        )
+        message = f"{value.text} has two successors, by {takers[0]!r} and {takers[1]!r}"
+        raise point_at(IRError(f"@{function.name}: {message}"), takers[1])
     if takers and users[-1] is not takers[0]:
-        raise IRError(
-            f"@{function.name}: {value.text} is read by {users[-1]!r} after {takers[0]!r} has replaced it"
-        )
+        message = f"{value.text} is read by {users[-1]!r} after {takers[0]!r} has replaced it"
+        raise point_at(IRError(f"@{function.name}: {message}"), users[-1])

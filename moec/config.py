@@ -31,6 +31,8 @@ class BuildOptions:
         None, "this pipeline in place of the level's, as 'a,b{option=1}'", "MOEC_PASSES"
     )
     layers: str | None = _option(None, "only the first N layers, or layers A-B")
+    stop_after: str | None = _option(None, "end the pipeline after this pass, by name (the last) or number")
+    resume: str | None = _option(None, "an IR dump to go on from, edited or not, in place of the spec's IR")
     force: bool = _option(False, "replace an existing package")
     cache: str | None = _option(
         None, "folder of compiled kernels, kept between builds; ~/.cache/moec by default", "MOEC_CACHE"
@@ -45,7 +47,13 @@ class BuildOptions:
         """Raises BadOption for a value out of range. A dtype may have PyTorch's name."""
         spelled = str(self.dtype).removeprefix("torch.")
         object.__setattr__(self, "dtype", _TORCH_NAMES.get(spelled, self.dtype))
-        for name, value in (("target", self.target), ("passes", self.passes), ("layers", self.layers)):
+        for name, value in (
+            ("target", self.target),
+            ("passes", self.passes),
+            ("layers", self.layers),
+            ("stop_after", self.stop_after),
+            ("resume", self.resume),
+        ):
             if not isinstance(value, str) and not (value is None and name != "target"):
                 raise BadOption(f"{name} is {value!r}; it must be text")
         if self.opt_level not in (0, 1, 2, 3):
@@ -69,7 +77,7 @@ class BuildOptions:
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in ("force", "cache", "interpret")
+            if f.name not in ("force", "cache", "interpret", "resume")
         }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec import __version__, codegen, models, passes
 from moec.config import BuildOptions
-from moec.errors import BadOption
+from moec.errors import BadOption, nearest
 from moec.ir import Module
 
 if TYPE_CHECKING:
@@ -85,9 +85,12 @@ def build(
         say(f"lowering {model.name}")
         module = models.lower(model)
         module.target = goal.name
-        optimise(module, chosen, aside, say)
-        say("emitting")
         about = describe(model, chosen)
+        if chosen.resume is not None:
+            module, about = resume(module, chosen, about, aside, say)
+        else:
+            optimise(module, pipeline_of(chosen), aside, say)
+        say("emitting")
         manifest = codegen.write_package(aside, module, goal, __version__, about, compiler(goal, chosen, say))
         if weights is not None:
             say("checking the weights")
@@ -121,19 +124,57 @@ def _folder_name(name: str) -> str:
 def pipeline_of(options: BuildOptions) -> list[passes.Pass]:
     """The passes that these options ask for."""
     if options.passes is not None:
-        return passes.parse_pipeline(options.passes)
-    return passes.pipeline(options.opt_level, options.target)
+        return stop_after(passes.parse_pipeline(options.passes), options.stop_after)
+    return stop_after(passes.pipeline(options.opt_level, options.target), options.stop_after)
 
 
-def optimise(module: Module, options: BuildOptions, folder: Path, say: Progress) -> None:
-    """Runs the pipeline over ``module``, leaving the dumps and the event log in ``folder``."""
+def stop_after(pipeline: list[passes.Pass], last: str | None, first: int = 1) -> list[passes.Pass]:
+    """The passes up to ``last``, a name or a number counted from ``first``. Raises BadOption."""
+    if last is None:
+        return pipeline
+    numbered = list(enumerate(pipeline, start=first))
+    ends = [i for i, (number, p) in enumerate(numbered) if last in (p.name, str(number))]
+    if not ends:
+        have = ", ".join(f"{number}: {p.name}" for number, p in numbered)
+        hint = nearest(last, [p.name for p in pipeline])
+        raise BadOption(f"stop_after is {last!r}, no pass of this pipeline{hint} ({have})")
+    return pipeline[: ends[-1] + 1]
+
+
+def optimise(
+    module: Module, pipeline: list[passes.Pass], folder: Path, say: Progress, first: str = ""
+) -> None:
+    """Runs ``pipeline`` over ``module``, leaving the dumps and the event log in ``folder``.
+
+    The module as it comes is dumped as ``000_naive``, or as ``first``.
+    """
 
     class Announce(passes.Instrument):
         def before(self, run: passes.PassRun, module: Module) -> None:
             say(f"pass {run.ran.name}")
 
-    instruments = [Announce(), passes.Dump(folder / "ir"), passes.Events(folder / "events.jsonl")]
-    passes.PassManager(pipeline_of(options), instruments).run(module)
+    instruments = [Announce(), passes.Dump(folder / "ir", first), passes.Events(folder / "events.jsonl")]
+    passes.PassManager(pipeline, instruments).run(module)
+
+
+def resume(
+    naive: Module, options: BuildOptions, about: dict[str, Any], folder: Path, say: Progress
+) -> tuple[Module, dict[str, Any]]:
+    """Goes on from the dump that the options name: the module, and what the manifest says of it.
+
+    The spec's naive IR is kept beside it as ``000_naive``: it is what `moec verify` compares with.
+    """
+    from moec.resume import read_dump, steps, unread
+
+    dump = Path(str(options.resume))
+    say(f"reading {dump}")
+    whole = pipeline_of(replace(options, passes=None, stop_after=None))
+    resumed = read_dump(dump, naive, whole, options.passes)
+    optimise(naive, [], folder, say)
+    pipeline = stop_after(resumed.passes, options.stop_after, steps(resumed.module) + 1)
+    optimise(resumed.module, pipeline, folder, say, "resumed")
+    ignored = [*about["ignored"], *unread(resumed.module, naive)]
+    return resumed.module, about | {"ignored": ignored, "resumed": resumed.record}
 
 
 def describe(model: Any, options: BuildOptions) -> dict[str, Any]:

@@ -15,24 +15,44 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 _UNSAFE = re.compile(r"[^\w.+-]")  # in the text of the IR, where a space or a < ends the file's name
 
+_EXCERPT = 96  # characters of a line that are shown
+
 
 @dataclass(frozen=True)
 class SourceLoc:
-    """A line of the user's that an error or an op points at."""
+    """A line of the user's that an error or an op points at.
+
+    ``column`` counts from 1; with it, ``text`` is the line itself, to be shown with a caret.
+    """
 
     file: str
     line: int
     where: str = ""
+    column: int = field(default=0, compare=False)
+    text: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
+        if self.line and self.column:
+            place += f":{self.column}"
         return f"{place}  {self.where}" if self.where else place
+
+    @property
+    def excerpt(self) -> list[str]:
+        """The line (of a long one what is around the column) with a caret below; nothing without a column."""
+        if not self.column or not self.text.strip():
+            return []
+        text = self.text.expandtabs(1)
+        first = max(0, self.column - 1 - _EXCERPT // 2) if len(text) > _EXCERPT else 0
+        shown = ("…" if first else "") + text[first : first + _EXCERPT].rstrip()
+        caret = self.column - 1 - first + bool(first)
+        return [f"   | {shown}", f"   | {' ' * caret}^"]
 
     @property
     def short(self) -> str:
@@ -65,7 +85,7 @@ class MoecError(Exception):
     def __str__(self) -> str:
         lines = [f"error[{self.code}] {self.message}"]
         if self.loc is not None:
-            lines.append(f"  --> {self.loc}")
+            lines += [f"  --> {self.loc}", *self.loc.excerpt]
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -20,6 +20,8 @@ from moec.config import BuildOptions
 @click.option("--dtype", help="f32, bf16 or f16; the model's own by default.")
 @click.option("-O", "opt_level", type=int, help="Optimisation level 0 to 3. Default: 2.")
 @click.option("-p", "--passes", help="This pipeline instead, as 'canonicalise,expert-grouping'.")
+@click.option("--stop-after", help="End the pipeline after this pass: its name (the last of it) or number.")
+@click.option("--resume", type=click.Path(), help="Go on from this dump of SPEC, edited or not.")
 @click.option("--layers", help="Only the first N layers, or layers A-B.")
 @click.option("--cache", help="Folder of compiled kernels, kept between builds. Default: ~/.cache/moec.")
 @click.option("--weights", type=click.Path(path_type=Path), help="A folder of safetensors to check now.")

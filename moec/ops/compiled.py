@@ -81,13 +81,13 @@ def _build(key: Key) -> Compiled:
     the process.
     """
     from moec import codegen
-    from moec.driver import compiler, optimise
+    from moec.driver import compiler, optimise, pipeline_of
 
     goal = codegen.target(key.target)
     module = lower(key)
     folder = _scratch() / f"{next(_numbers)}-{key.form}"
     with codegen.staging(folder, force=False) as aside:
-        optimise(module, replace(options(), target=goal.name), aside, lambda line: None)
+        optimise(module, pipeline_of(replace(options(), target=goal.name)), aside, lambda line: None)
         compile = None if key.interpret else compiler(goal, options(), lambda line: None)
         codegen.write_package(aside, module, goal, __version__, _about(key), compile)
     code = Package(folder).module("model")

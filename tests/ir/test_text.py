@@ -102,7 +102,7 @@ MISTAKES = [
     ("%x: bf16[T,7168]", "%x bf16[T,7168]", 1, "is no argument"),
     ("%x: bf16[T,7168]", ": bf16[T,7168]", 1, "is no argument"),
     ("%x: bf16[T,7168]", "%x: bf16[T,7168], %x: index", 1, "%x is defined twice"),
-    ("-> f32[T,256]", "-> f32[T,255]", 5, "says it returns f32[T,255], but returns (f32[T,256])"),
+    ("-> f32[T,256]", "-> f32[T,255]", 1, "says it returns f32[T,255], but returns (f32[T,256])"),
     ("param $gate", "param gate", 2, "is no parameter"),
     ("bf16[256,7168]", "b16[256,7168]", 2, "no dtype is called 'b16'"),
     ("bf16[256,7168]", "bf16[256,7168,]", 2, "is no dimension"),
@@ -131,7 +131,7 @@ MISTAKES = [
     ("{acc=f32}", "{ac=f32}", 3, "no attribute is called 'ac'; did you mean acc"),
     (" : f32[T,256] ;", " : bf16[T,256] ;", 3, "linear: %logits is written as bf16[T,256] but is f32[T,256]"),
     (" : f32[T,256] ;", " ;", 3, "1 results but 0 types"),
-    ("return %logits", "return %x", 5, "but returns (bf16[T,7168])"),
+    ("return %logits", "return %x", 1, "but returns (bf16[T,7168])"),
     ("return %logits", "return %logits\n  return %logits", 5, "'return' is followed by 'end'"),
     ("return %logits", "return %gone", 4, "%gone isn't defined above"),
     ("end\n", "", 4, "no 'end'"),
@@ -155,8 +155,48 @@ def test_the_design_s_message() -> None:
     with pytest.raises(MoecError) as caught:
         parse_module(text, "x.moec")
     assert str(caught.value) == (
-        "error[M0203] linear: K is 7168 in %x but 7186 in $gate.weight\n  --> x.moec:3"
+        "error[M0203] linear: K is 7168 in %x but 7186 in $gate.weight\n"
+        "  --> x.moec:3:20\n"
+        "   |   %logits = linear(%x, $gate.weight) {acc=f32} : f32[T,256] ; "
+        "15.0GF 66.6MB deepseek.py:41 <fuse\n"
+        "   |                    ^"
     )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "token"),
+    [
+        ("T<=4096", "T<4096", "T<4096"),
+        ("%x: bf16[T,7168]", "%x: bf16[T,7168], %x: index", "%x"),
+        ("-> f32[T,256]", "-> f32[T,255]", "-> f32[T,255]"),
+        ("bf16[256,7168]", "b16[256,7168]", "b16"),
+        ("linear(", "liner(", "liner"),
+        ("linear(", "linear @moe(", "@moe"),
+        ("linear(%x", "linear(%y", "%y"),
+        ("linear(%x", "linear(%logits", "%logits,"),
+        ("$gate.weight) {", "$gate.weight, %x, %x) {", "linear"),
+        ("{acc=f32}", "{acc=f33}", "acc"),
+        ("{acc=f32}", "{ac=f32}", "ac="),
+        (" : f32[T,256] ;", " : bf16[T,256] ;", "bf16[T,256]"),
+        ("return %logits", "return %gone", "%gone"),
+    ],
+)
+def test_the_caret_stands_below_the_mistake(old: str, new: str, token: str) -> None:
+    assert LINEAR.count(old) >= 1
+    with pytest.raises(MoecError) as caught:
+        parse_module(LINEAR.replace(old, new), "edited.moec")
+    *_, line, caret = str(caught.value).splitlines()
+    assert line[caret.index("^") :].startswith(token), str(caught.value)
+    assert caught.value.loc is not None and caught.value.loc.column == caret.index("^") - 4
+
+
+def test_a_long_line_is_cut_around_the_caret() -> None:
+    args = ", ".join(f"%argument{i}: bf16[T,7168]" for i in range(40))
+    text = f"moec.ir 1 func @f({args}) -> bf16[T,7168]\n  return %gone\nend\n"
+    with pytest.raises(MoecError) as caught:
+        parse_module(text.replace("%argument20: bf16", "%argument20: bf17"), "x.moec")
+    *_, line, caret = str(caught.value).splitlines()
+    assert len(line) < 110 and line[caret.index("^") :].startswith("bf17") and "%argument20" in line
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moec.errors import IRError, MoecError, TypeMismatch
-from moec.ir import Function, Module, TensorType, parse_module, verify
+from moec.ir import Function, Module, Range, TensorType, parse_module, verify
 from moec.ir.op import op_class
 from moec.ir.types import bf16, f32, symbol
 
@@ -270,3 +270,59 @@ def test_a_rewrite_that_leaves_stale_types_is_found() -> None:
     layer.set_operand(norm, 0, layer.add_argument("narrow", TensorType(f32, (symbol("N"), 3))))
     with pytest.raises(TypeMismatch, match=r"rms_norm: K is 3 in %narrow but 4 in \$w"):
         verify(module)
+
+
+GOOD = """\
+moec.ir 1 module @m sym={N<=8}
+
+func @f(%x: f32[N,4], %kv: cache<f32[4], page=2>, %slots: i64[N]) -> (f32[N,4], cache<f32[4], page=2>)
+  %h = call @body(%x) {layers=0..1, scope=l.*} : f32[N,4] ; model.py:3
+  %i = call @body(%h) {layers=2..3, scope=l.*} : f32[N,4] ; model.py:4
+  return %i, %kv
+end
+
+func @body(%layer: index, %x: f32[N,4]) -> f32[N,4]
+  %y = sigmoid(%x) : f32[N,4] ; model.py:9
+  return %y
+end
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "token"),
+    [
+        ("call @body(%h)", "call @bod(%h)", 5, "@bod("),
+        ("layers=2..3", "layers=3..2", 5, "layers"),
+        ("scope=l.*} : f32[N,4] ; model.py:4", "scope=l} : f32[N,4] ; model.py:4", 5, "scope"),
+        ("  %y = sig", "  %z = call @f2(%x) {layers=0..0, scope=m.*} : f32[N,4]\n  %y = sig", 10, "@f2"),
+        ("  return %y\n", "", 9, "-> f32"),
+    ],
+)  # fmt: skip
+def test_an_edited_text_is_wrong_at_a_line_of_it(old: str, new: str, line: int, token: str) -> None:
+    """Whatever the verifier finds in a module that was read is told with the line of the text."""
+    verify(parse_module(GOOD))
+    assert old in GOOD
+    with pytest.raises(MoecError) as caught:
+        verify(parse_module(GOOD.replace(old, new), "edited.moec"))
+    text = str(caught.value)
+    assert f"--> edited.moec:{line}:" in text, text
+    shown, caret = [part for part in text.splitlines() if part.startswith("   | ")]
+    assert shown[caret.index("^") :].startswith(token), text
+
+
+def test_the_models_line_is_noted_beside_the_texts() -> None:
+    with pytest.raises(MoecError) as caught:
+        verify(parse_module(GOOD.replace("layers=2..3", "layers=3..2"), "edited.moec"))
+    assert str(caught.value).splitlines()[-1] == "  of the model's line model.py:4"
+
+
+def test_a_module_that_was_built_points_at_the_model_alone() -> None:
+    module = parse_module(GOOD)
+    for function in module:
+        function.written = None
+        for op in function.ops:
+            op.written = None
+    module["f"].ops[1].attrs["layers"] = Range(3, 2)
+    with pytest.raises(MoecError) as caught:
+        verify(module)
+    assert str(caught.value).splitlines()[1:] == ["  --> model.py:4"]
