@@ -6,7 +6,7 @@ successor in the IR is the same name in Python and functions don't return it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
@@ -17,15 +17,18 @@ from moec.codegen.kernels.triton import TritonKernel, kernel_file
 from moec.codegen.render import Names, identifier, prose, quote, quote_format, render_python
 from moec.errors import IRError
 from moec.ir.graph import ENTRIES, Function, Module
+from moec.ir.memory import is_planned, plan_memory
 from moec.ir.op import Op, OpResult, Param, Value
 from moec.ir.ops.control import Loop
 from moec.ir.ops.weights import Bind, Stack
+from moec.ir.records import kernel_records
 from moec.ir.types import STATE_TYPES, TensorType
 from moec.ir.weights import WEIGHTS
 
 WIDTH = 110
 # What generated functions use beside their own names.
 PYTHON = {"params", "take", "bind", "torch", "F", "range", "map", "zip", "Scaled"}
+Drops = Mapping[int, list[Value]]
 
 
 @dataclass
@@ -110,12 +113,19 @@ class FunctionEmitter:
     """Writes one IR function; its parameters are the mapping ``params``, or what ``take`` reads at load time.
 
     ``functions`` are the Python names of the module's functions; no value may hide these or a kernel.
+    ``drops`` are the values that a memory plan lets go of, by number of the op before which it does.
     """
 
     def __init__(
-        self, function: Function, module: Module, kernels: Kernels, functions: dict[str, str]
+        self,
+        function: Function,
+        module: Module,
+        kernels: Kernels,
+        functions: dict[str, str],
+        drops: Drops | None = None,
     ) -> None:
         self.function, self.module, self.kernels, self.functions = function, module, kernels, functions
+        self.drops = drops or {}
         self.load_time = function.name.split(".")[0] == WEIGHTS
         self.names = Names(PYTHON | {*functions.values(), *kernels.names})
         self.used: set[str] = set()  # kernels called
@@ -124,7 +134,8 @@ class FunctionEmitter:
     def emit(self) -> PythonFunction:
         args = [self.names.add(a, a.name) for a in self.function.args]
         args += ["take", "bind"] if self.load_time else ["params"]
-        for op in self.function.ops:
+        for number, op in enumerate(self.function.ops):
+            self._drop(self.drops.get(number, []))
             self._op(op)
             if self.load_time and not isinstance(op, Bind):
                 self._free(op)
@@ -156,6 +167,19 @@ class FunctionEmitter:
             self.lines.append(f"bind({quote(op.param)}, {operands[0]})")
         else:
             self._assign(op, *self._expression(op, operands))
+
+    def _drop(self, values: list[Value]) -> None:
+        """Lets go of memory that the plan gives to what follows: every name of it has to go."""
+        names = [self.names[v] for v in values]
+        carried_on = {
+            self.names[r]
+            for op in self.function.ops
+            if isinstance(op, Loop)
+            for r in op.results
+            if r in self.names
+        }
+        for line in wrap(", ".join(n for n in names if n not in carried_on), WIDTH - 8):
+            self.lines.append(f"del {line.removesuffix(',')}")
 
     def _free(self, op: Op) -> None:
         """Forgets what ``op`` was the last to use: stacked experts are large, two stages of them larger."""
@@ -265,6 +289,17 @@ def describe(function: Function, module: Module, names: list[str]) -> list[str]:
     return [f"Runs for {', '.join(runs)}." + (f" Returns {prose(out)}." if out else "")]
 
 
+def planned_drops(module: Module, target: str) -> dict[str, Drops]:
+    """By function, what the memory plan lets go of; nothing for a module that has none."""
+    if not is_planned(module):
+        return {}
+    plans = plan_memory(module, kernel_records(), target).functions
+    return {
+        name: {i: [v for held in dropped for v in held.names] for i, dropped in plan.drops.items()}
+        for name, plan in plans.items()
+    }
+
+
 def emit_python(module: Module, target: str, version: str) -> dict[str, str]:
     """The Python sources of a package, by path."""
     compute = [f for f in module if f.name.split(".")[0] != WEIGHTS]
@@ -317,7 +352,8 @@ def _module_source(
             record = select(op, kernels.target)
             if isinstance(record, Templated | TritonKernel):
                 kernels.function(op, record)
-    emitters = [FunctionEmitter(f, module, kernels, names) for f in inner_first]
+    drops = planned_drops(module, target) if kernels.target == target else {}
+    emitters = [FunctionEmitter(f, module, kernels, names, drops.get(f.name)) for f in inner_first]
     emitted = [e.emit() for e in emitters]
     used = sorted(set().union(*(e.used for e in emitters)) if emitters else [])
     parts = [part for file in kernels.files.values() for part in file]

@@ -16,9 +16,12 @@ from moec.codegen.emit import emit_python, emitted_by
 from moec.codegen.parameters import manifest_tensors
 from moec.codegen.targets import Target
 from moec.errors import OutputExists, OutputUnwritable
+from moec.ir.amount import Sizes
 from moec.ir.graph import Module
+from moec.ir.memory import is_planned, plan_memory
 from moec.ir.op import Op, Value
 from moec.ir.ops.control import Loop
+from moec.ir.records import kernel_records
 from moec.ir.types import CacheType
 
 FORMAT = 1
@@ -111,6 +114,7 @@ def write_package(
         "routed_layers": routed_layers(module),
         "kernels": kernels,
         "emitted_by": emitted_by(module, target.name),
+        "memory_plan": memory_plan(module, target.name),
         **manifest_tensors(module),
         "files": {f.relative_to(folder).as_posix(): _digest(f) for f in _hashed(folder)},
     }
@@ -127,6 +131,29 @@ def _hashed(folder: Path) -> list[Path]:
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def memory_plan(module: Module, target: str) -> dict[str, Any] | None:
+    """By entry the most that a step holds beside weights and caches; None for a module that wasn't planned.
+
+    ``peak`` is a formula in bytes, ``bytes`` its value for ``at``; ``largest`` are the values behind it:
+    [function, value, bytes].
+    """
+    if not is_planned(module):
+        return None
+    plan = plan_memory(module, kernel_records(), target)
+    numbers = Sizes(plan.sizes)
+    found: dict[str, Any] = {"at": plan.sizes, "entries": {}}
+    for entry in plan.entries:
+        held = [(p.function.name, h) for p, i in plan.peak_ops(entry) for h in p.at(i)]
+        held.sort(key=lambda item: -numbers[item[1].size])
+        found["entries"][entry] = {
+            "peak": plan.formula(entry),
+            "bytes": plan.peak(entry),
+            "buffers": plan.arena(entry),
+            "largest": [[name, h.value.name, numbers[h.size]] for name, h in held[:5]],
+        }
+    return found
 
 
 def entries(module: Module) -> dict[str, Any]:

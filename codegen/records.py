@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moec.codegen.kernels import select
 from moec.codegen.kernels.record import emits_nothing
 from moec.codegen.targets import target as known_target
+from moec.ir.amount import Amount
 from moec.ir.op import Op
 from moec.ir.ops.control import Loop, Return
 from moec.ir.ops.weights import Bind
@@ -24,5 +23,5 @@ class KernelRecords:
         schedules = kernel.schedules(op, target)
         return {"kernel": kernel.name} | ({"schedule": schedules} if schedules else {})
 
-    def workspace(self, op: Op, target: str) -> Any:
-        return 0
+    def workspace(self, op: Op, target: str) -> Amount:
+        return select(op, target).workspace(op)

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from moec.errors import BadOption
+from moec.ir.amount import Amount
 from moec.ir.op import Op
 
 
@@ -21,8 +22,8 @@ class Records(Protocol):
         where the op's own are impossible.
         """
 
-    def workspace(self, op: Op, target: str) -> Any:
-        """Bytes that the op's kernel allocates beside its results, at most; symbolic where shapes are."""
+    def workspace(self, op: Op, target: str) -> Amount:
+        """Bytes that the op's kernel allocates beside its results, at most."""
 
 
 _provided: list[Records] = []

@@ -26,7 +26,7 @@ def _pipeline(level: int, target: str) -> list[str]:
     if level == 0:
         return []
     # Last: which kernel and which buffer.
-    last = ["select"]
+    last = ["select", "plan"]
     if level == 1:
         return ["canonicalise", *last]
     return [

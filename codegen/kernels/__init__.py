@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, ClassVar
 
 from moec.codegen.kernels.record import Record, refuse
 from moec.codegen.kernels.triton import TritonKernel
+from moec.codegen.kernels.workspace import Workspace, wide_copies
 from moec.errors import InternalError, UnknownKernel, nearest
 from moec.ir.op import Op
 from moec.ir.types import TensorType, f32
@@ -45,6 +46,7 @@ class Templated(Record):
     ``called(op)`` are that one's constants.
     """
 
+    usual_workspace: ClassVar[Workspace] = wide_copies
     template: str
     constants: Callable[[Op], dict[str, Any]] = field(default=lambda op: {})
     targets: tuple[str, ...] = ()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from moec.codegen.kernels.workspace import WORKSPACE, Workspace, nothing
 from moec.errors import BadSchedule, UnknownKernel
+from moec.ir.amount import Amount
 from moec.ir.op import Op
 
 
@@ -14,6 +16,7 @@ class Record:
     """``name`` is what ``kernel=`` in the IR calls it: by default its family and its op."""
 
     family: ClassVar[str] = "torch"
+    usual_workspace: ClassVar[Workspace] = nothing
     op: str
     name: str = field(default="", kw_only=True)
 
@@ -24,6 +27,10 @@ class Record:
     def supports(self, op: Op) -> list[str]:
         """Reasons against; none means yes."""
         return []
+
+    def workspace(self, op: Op) -> Amount:
+        """Bytes that it allocates beside the op's results, at most."""
+        return WORKSPACE.get(self.name, type(self).usual_workspace)(op)
 
     def schedules(self, op: Op, target: str) -> str:
         """The op's schedules as text: its own, once they are known to be possible, else the ones picked."""

@@ -85,6 +85,10 @@ def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         entry = " × ".join(map(str, cache.entry))
         total = f"{cache.bytes_per_token:,} bytes a token over all layers"
         found.append(("KV cache", f"{entry} elements a token and layer, {total}"))
+    if plan := manifest["memory_plan"]:
+        for entry in (e for e in ("step", "forward") if e in plan["entries"]):
+            at = ", ".join(f"{k}={v}" for k, v in plan["at"].items())
+            found.append(("step memory", f"{human(plan['entries'][entry]['bytes'])}B at most, for {at}"))
     if manifest["device"] == "cuda":
         emitted = manifest["emitted_by"]
         found += [(label, ", ".join(emitted.get(family, [])) or "none") for family, label in FAMILIES.items()]

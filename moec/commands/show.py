@@ -26,11 +26,12 @@ from moec.errors import BadOption, NotAPackage, nearest
     "--target", help="Of a spec with -O, and of --cost: the device. Default: the IR's own, else cpu."
 )
 @click.option("--cost", "cost", is_flag=True, help="What each op takes instead, as formulas or with --at.")
-@click.option("--at", help="Of --cost: sizes, as 'T=4096,S=8192,B=1'; T new tokens, S cached, B sequences.")
+@click.option("--memory", "memory", is_flag=True, help="What a step holds at most instead, and where.")
+@click.option("--at", help="Of both: sizes, as 'T=4096,S=8192,B=1'; T new tokens, S cached, B sequences.")
 @click.option("--routing", default="uniform", show_default=True, help="Of --cost: or zipf:S, or FILE.npy.")
 @click.option("--figures", default="", help="Of --cost: other figures, as 'bandwidth=3.35e12,bf16=989e12'.")
 @click.option("--tile", type=click.IntRange(1), help="Of --cost: rows a tile of an expert has.")
-@click.option("--json", "as_json", is_flag=True, help="Of --cost: print as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Of --cost and --memory: print as JSON.")
 def command(
     what: str,
     which: str | None,
@@ -40,24 +41,32 @@ def command(
     opt_level: int | None,
     target: str | None,
     cost: bool,
+    memory: bool,
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Print IR, or what it costs.
+    """Print IR, what it costs or what memory it needs.
 
     WHAT is a package, a .moec file, or a spec as `moec build` takes it (then the naive IR is shown).
     """
     path = Path(what)
     if kernel is not None:
-        if which is not None or functions or cost:
+        if which is not None or functions or cost or memory:
             raise click.UsageError(
-                "--kernel shows a source file: --pass, --function, --cost don't go with it"
+                "--kernel shows a source file: --pass, --function, --cost, --memory don't go with it"
             )
         click.echo(_kernel(path, kernel), nl=False)
         return
-    if not cost and (as_json or how["at"] is not None or how["figures"] or how["tile"]):
-        raise click.UsageError("--at, --figures, --tile and --json are for --cost")
+    if not cost and (how["figures"] or how["tile"]):
+        raise click.UsageError("--figures and --tile are for --cost")
+    if cost == memory and (as_json or how["at"] is not None or cost):
+        raise click.UsageError("--at and --json are for one of --cost and --memory")
     module = ir_of(what, which, opt_level, target)
+    if memory:
+        from moec.commands import memory as plans
+
+        plans.show(module, how["at"], functions, as_json)
+        return
     if cost:
         from moec.commands import cost as tables
 

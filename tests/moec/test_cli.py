@@ -332,7 +332,13 @@ def test_build_reports_what_it_built(cli: Cli, tmp_path: Path, monkeypatch: pyte
     assert (done.code, done.err) == (0, "")
     first, *rest = done.out.splitlines()
     assert first.startswith("mixtral-tiny for cpu, f32: build/mixtral-tiny ")
-    assert [line.split("  ")[1] for line in rest] == ["parameters", "KV cache", "IR", "sources"]
+    assert [line.split("  ")[1] for line in rest] == [
+        "parameters",
+        "KV cache",
+        "step memory",
+        "IR",
+        "sources",
+    ]
     assert max(map(len, rest)) < 100
     # embedding, head, final norm; a layer: two norms, q, k, v, o, router, experts' three projections
     layer = 2 * 48 + 48 * (60 + 20 + 20 + 60) + 5 * 48 + 5 * 3 * 48 * 40

@@ -62,11 +62,15 @@ def test_dumps_read_back_and_resume(tmp_path: Path) -> None:
         "002_expert-grouping.moec",
         "004_canonicalise.moec",
         "005_select.moec",
+        "006_plan.moec",
     ], "the others find nothing to change"
     for path in dump.files:
         assert print_module(read_module(path)) == path.read_text(encoding="utf-8")
     resumed = read_module(dump.files[1])
-    assert (resumed.ran, resumed.to_run) == ("canonicalise,expert-grouping", "mla-absorb,canonicalise,select")
+    assert (resumed.ran, resumed.to_run) == (
+        "canonicalise,expert-grouping",
+        "mla-absorb,canonicalise,select,plan",
+    )
     again = Dump(tmp_path / "again")
     PassManager(parse_pipeline(resumed.to_run), [again]).run(resumed)
     assert print_module(resumed) == print_module(m)
@@ -120,6 +124,7 @@ def test_events(tmp_path: Path) -> None:
         (3, "mla-absorb"),
         (4, "canonicalise"),
         (5, "select"),
+        (6, "plan"),
     ]
     grouping = passes[1]
     assert grouping["changed"] and grouping["seconds"] >= 0

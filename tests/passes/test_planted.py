@@ -71,6 +71,7 @@ PLANTED: dict[str, tuple[str, Plant]] = {
         "canonicalise,expert-grouping",
         spoil("gather_grouped_linear", per_row=lambda per_row: 2 * per_row),
     ),
+    "plan": ("canonicalise", annotate_too_much),
     "select": ("canonicalise", annotate_too_much),
 }
 REGISTERED = sorted(name for name, cls in PASSES.items() if cls.__module__.startswith("moec.passes."))

@@ -1,0 +1,124 @@
+"""What kernels allocate beside their results, at most: by the name of their record.
+
+What isn't in the table stays below ``wide_copies`` (functions) or needs nothing (expressions, Triton's). The
+figures bound what tests/codegen measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moec.ir.amount import NOTHING, Amount, bytes_as, bytes_of, total
+from moec.ir.op import Op, Param
+from moec.ir.types import f32
+
+Workspace = Callable[[Op], Amount]
+
+
+def nothing(op: Op) -> Amount:
+    return NOTHING
+
+
+def wide_copies(op: Op) -> Amount:
+    """Of what flows in and out, all in fp32 and half as much again: what most functions stay below."""
+    values = [v for v in (*op.operands, *op.results) if v is not None and not isinstance(v, Param)]
+    return total(bytes_as(v.type, 32) for v in values) * 1.5
+
+
+def with_weights(op: Op) -> Amount:
+    """As ``wide_copies``, weights too: of products that are computed on widened operands."""
+    return total(bytes_as(v.type, 32) for v in (*op.operands, *op.results) if v is not None) * 1.5
+
+
+def times(operand: int, bits: int) -> Workspace:
+    """So many bits for each element of one operand."""
+    return lambda op: bytes_as(_type(op, operand), bits)
+
+
+def _type(op: Op, operand: int) -> Any:
+    value = op.operands[operand]
+    if value is None:
+        raise TypeError(f"{op!r} has no operand {operand}")
+    return value.type
+
+
+def _linear(op: Op) -> Amount:
+    """Copies in the dtype of the product, and the product before it's rounded."""
+    types: list[Any] = [v.type for v in (*op.operands, *op.results) if v is not None]
+    return NOTHING if len({t.dtype for t in types}) == 1 else _in_fp32(types)
+
+
+def _in_fp32(types: Iterable[Any]) -> Amount:
+    return total(bytes_as(t, 32) for t in types if t.dtype != f32)
+
+
+def _rows(op: Op) -> Amount:
+    """A copy with as many rows as oneDNN is let meet."""
+    return bytes_of(_type(op, 0))
+
+
+def _product(op: Op) -> Amount:
+    """One expert's product before it is stored: it may have all rows."""
+    return bytes_of(op.results[0].type)
+
+
+def _gathered(op: Op) -> Amount:
+    """One expert's rows, a copy of them for oneDNN, and their product in fp32 with the activation's."""
+    bits = _type(op, 0).dtype.bits
+    _, rows, depth = _type(op, 1).shape
+    return bytes_as(_type(op, 2), 64 + 2 * depth * bits + rows * (bits + 64))
+
+
+def _sorted(op: Op) -> Amount:
+    """Ids without strangers, sorted ids and their places in 64 bits; the experts' numbers."""
+    return bytes_as(_type(op, 0), 128) + Amount.of(4 * (op.attrs["experts"] + 1))
+
+
+def _counts(op: Op) -> Amount:
+    """Each chunk's count of each bin."""
+    bins = 32 << op.attrs["experts"].bit_length()  # in bits
+    return bytes_as(_type(op, 0), bins) * (1 / 1024) + Amount.of(bins // 8)
+
+
+def _places(op: Op) -> Amount:
+    """Where the row of each slot lies."""
+    return NOTHING if op.operands[1] is None else bytes_as(_type(op, 1), 32)
+
+
+def _swiglu(op: Op) -> Amount:
+    """In fp32 the activation is the result, multiplied in place."""
+    return NOTHING if _type(op, 0).dtype == f32 else wide_copies(op)
+
+
+def _latent(op: Op) -> Amount:
+    """Keys and values made of all latent rows, and copies of one width."""
+    (_, heads, width), (_, row) = _type(op, 0).shape, _type(op, 1).shape
+    value = op.attrs["value"]
+    made = heads * (op.attrs["nope"] + value + 2 * max(width, value)) / row
+    return wide_copies(op) * 2 + bytes_as(_type(op, 1), 32) * made
+
+
+WORKSPACE: dict[str, Workspace] = {
+    "torch.linear": _linear,
+    "onednn.linear": _rows,
+    "torch.prefix_sum": wide_copies,
+    "torch.gather_rows": times(1, 128),
+    "torch.expert_slots": times(0, 128),
+    "torch.grouped_linear": _product,
+    "onednn.grouped_linear": lambda op: _product(op) + _rows(op),
+    "torch.gather_grouped_linear": _gathered,
+    "onednn.gather_grouped_linear": _gathered,
+    "torch.emulated_fp8_linear": with_weights,
+    "torch.emulated_fp8_grouped_linear": with_weights,
+    "torch.emulated_fp8_gather_grouped_linear": lambda op: with_weights(op) + _gathered(op),
+    "torch.emulated_fp8_gather_grouped_linear_quant": lambda op: with_weights(op) + _gathered(op),
+    "torch.gather_grouped_linear_quant": lambda op: wide_copies(op) + _gathered(op),
+    "torch.swiglu": _swiglu,
+    "torch.route": times(0, 7 * 32),  # scores, and what is sorted by them
+    "torch.sort_by_expert": _sorted,
+    "onednn.latent_attention": _latent,
+    "torch.latent_attention": _latent,
+    "triton.sort_by_expert": _counts,
+    "triton.combine": _places,
+}
