@@ -304,7 +304,8 @@ PAGES = 8
 
 @draws("cache_write")
 def _cache_write(g: Graph) -> Any:
-    cache = g.cache or g.argument(PAGE, PagedCache(4, {0: torch.full((4 * PAGES, 2, 3), torch.nan)}))
+    known = g.cache if g.cache is not None and g.cache.type == PAGE else None
+    cache = known or g.argument(PAGE, PagedCache(4, {0: torch.full((4 * PAGES, 2, 3), torch.nan)}))
     slots = g.draw(st.lists(st.integers(-1, 4 * PAGES - 1), min_size=g.tokens, max_size=g.tokens))
     entry = g.fresh(f32, N, 2, 3)
     g.cache = g.op("cache_write", cache, g.argument(IndexType(), 0), entry, g.integers(slots, N))
@@ -371,7 +372,7 @@ def _latent_cache_write(g: Graph) -> Any:
 
 @draws("cache_read")
 def _cache_read(g: Graph) -> Any:
-    if g.cache is None:
+    if g.cache is None or g.cache.type != PAGE:
         _cache_write(g)
     sequences, pages = len(g.lengths), symbol(f"P{len(g.args)}")
     table = g.draw(st.lists(st.integers(0, PAGES - 1), min_size=2 * sequences, max_size=2 * sequences))
