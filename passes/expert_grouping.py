@@ -31,15 +31,23 @@ range must have finite weights: their rows count as zeros."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from moec.ir import Module, TensorType, Value
 from moec.ir.op import OpResult
 from moec.ir.ops.control import Loop
 from moec.ir.types import STATE_TYPES
 from moec.ir.weights import unmirror
+from moec.passes import fold_shared
 from moec.passes.grouping import Grouping
 from moec.passes.loading import bind, bound_outside, drop_dead_bindings, emit, fresh_name, loaded
 from moec.passes.manager import Pass, register
 from moec.passes.pattern import ANY, Match, P, Refusal, Rules, param
+
+
+@dataclass(frozen=True)
+class Options:
+    fold_shared: bool = False  # shared experts become experts that every token takes (fold_shared.py)
 
 
 def over_all_experts(m: Match) -> str:
@@ -157,9 +165,12 @@ class ExpertGrouping(Pass):
     """Per-expert loop -> sort by expert, gather, two grouped products, combine; gate and up as one weight."""
 
     name = "expert-grouping"
+    Options = Options
 
     def run(self, module: Module) -> bool:
         changed = self.apply(module, RULES)
+        if self.options.fold_shared:
+            changed = self.apply(module, fold_shared.RULES) or changed
         if changed:
             drop_dead_bindings(module)
         return changed

@@ -203,7 +203,7 @@ def _ids_below(id: Value, experts: int) -> bool:
     if not isinstance(id, OpResult) or not isinstance(id.op, Route):
         return False
     scored = id.op.tensor(id.op.logits).shape[1]
-    return isinstance(scored, int) and scored <= experts
+    return isinstance(scored, int) and scored + id.op.shared <= experts
 
 
 def gather_rows(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:

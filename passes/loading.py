@@ -6,7 +6,7 @@ checkpoint's."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from moec.ir import Function, Module, Op, TensorType, Value
@@ -95,32 +95,18 @@ def family(loop: Loop, param: Param) -> str:
     return f"{loop.scope}.{param.name}"
 
 
-Callers = Mapping[str, list[tuple[Function, Op]]]
-
-
-def all_callers(module: Module) -> Callers:
-    """``module.callers`` of every function at once."""
-    found: dict[str, list[tuple[Function, Op]]] = {}
-    for function in module:
-        for op in function.ops:
-            if isinstance(op, Loop):
-                found.setdefault(op.callee, []).append((function, op))
-    return found
-
-
-def bound_outside(module: Module, function: str, name: str, callers: Callers | None = None) -> str:
+def bound_outside(module: Module, function: str, name: str) -> str:
     """Why what ``function`` sees isn't all there is to say of its parameter's loading; "" where it is.
 
-    A function around it may bind the parameter for one layer or one expert only. Who asks often gives
-    ``all_callers``.
+    A function around it may bind the parameter for one layer or one expert only.
     """
-    for caller, loop in module.callers(function) if callers is None else callers.get(function, []):
+    for caller, loop in module.callers(function):
         scope = f"{loop.attrs['scope']}." if loop.attrs["scope"] else ""
         load = module.functions.get(weights_name(caller.name))
         bound = bindings(load) if load is not None else {}
         if load is not None and bound and any(map(_regex(scope + name).fullmatch, bound)):
             return f"${name} is bound in @{load.name}, for some of the runs"
-        if why := bound_outside(module, caller.name, scope + name, callers):
+        if why := bound_outside(module, caller.name, scope + name):
             return why
     return ""
 

@@ -24,16 +24,7 @@ from moec.ir.graph import ENTRIES
 from moec.ir.op import Param
 from moec.ir.ops.moe import Route
 from moec.ir.weights import WEIGHTS
-from moec.passes.loading import (
-    Callers,
-    all_callers,
-    bind,
-    bound_outside,
-    drop_dead_bindings,
-    emit,
-    fresh_name,
-    loaded,
-)
+from moec.passes.loading import bind, bound_outside, drop_dead_bindings, emit, fresh_name, loaded
 from moec.passes.manager import Pass, register
 from moec.passes.pattern import ANY, Match, P, Rules, maybe, param
 
@@ -53,7 +44,7 @@ def parameters(op: Op) -> list[Param]:
 
 
 # Conditions: "" or why not.
-def why_apart(module: Module, function: Function, op: Op, align: int, callers: Callers) -> str:
+def why_apart(module: Module, function: Function, op: Op, align: int) -> str:
     """Why a product can't be part of a joint one, whichever the others are."""
     y = op.results[0]
     for user in function.users(y):
@@ -68,7 +59,7 @@ def why_apart(module: Module, function: Function, op: Op, align: int, callers: C
         for entry in ENTRIES if function.name in ENTRIES else ():
             if entry not in (WEIGHTS, function.name) and entry in module and p.name in module[entry].params:
                 return f"{p.text} is used in @{entry} too"
-        if why := bound_outside(module, function.name, p.name, callers):
+        if why := bound_outside(module, function.name, p.name):
             return why
     return ""
 
@@ -130,7 +121,6 @@ class MergeProjections(Pass):
                 whole,
             ),  # g, u = split(x); swiglu(g, u) -> swiglu(x)
         }
-        self._callers = all_callers(module)
         changed = self.apply(module, rules)
         if changed:
             drop_dead_bindings(module)
@@ -139,7 +129,7 @@ class MergeProjections(Pass):
     def _has_others(self, m: Match) -> str:
         """Whether anything can join ``first``; if so, ``m["all"]`` are they and it, in order."""
         first = m["first"]
-        if why := why_apart(m.module, m.function, first, self.options.align, self._callers):
+        if why := why_apart(m.module, m.function, first, self.options.align):
             return why
         whole, reason = [first], ""
         for other in m.function.users(m["x"]):
@@ -148,7 +138,7 @@ class MergeProjections(Pass):
             if not isinstance(other.operands[1], Param) or len(parameters(other)) != _given(other):
                 why = f"{other!r} has weights that are no parameters"
             else:
-                why = why_apart(m.module, m.function, other, self.options.align, self._callers)
+                why = why_apart(m.module, m.function, other, self.options.align)
                 why = why or why_not_together(first, other)
             if why:
                 reason = reason or why

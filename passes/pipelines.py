@@ -33,7 +33,7 @@ def _pipeline(level: int, target: str) -> list[str]:
         # Shapes as the rules below expect them.
         "canonicalise",
         # What is computed, on every target.
-        "expert-grouping",
+        "expert-grouping{fold_shared=true}" if level == 3 else "expert-grouping",
         "mla-absorb",
         *(["merge-projections"] if target != "cpu" else []),
         "canonicalise",

@@ -406,8 +406,9 @@ def _route(g: Graph) -> Any:
         group_score=g.draw(of(["max", "top2sum"])),
         masked=g.draw(of(["zero", "neginf"])),
         dtype=g.draw(of([f32, bf16])),
+        shared=(shared := g.draw(of([0, 0, 2]))),
     )
-    g.routed.append((w, id, experts, k))
+    g.routed.append((w, id, experts + shared, k + shared))
     return w, id
 
 

@@ -21,6 +21,7 @@ class Route(Op, name="route"):
 
     The bias takes part in choosing, not in the weights (Wang et al. 2024, loss-free balancing). With
     ``groups`` > 1 the choice is among the experts of the ``topk_groups`` best groups (DeepSeek V2 and V3).
+    Behind its choices every token takes the experts E … E + ``shared`` - 1, with weight 1.
     """
 
     logits = operand("[T, E] fp32 or the model's dtype")
@@ -38,8 +39,9 @@ class Route(Op, name="route"):
         choice("zero", "neginf"), "neginf", doc="what experts of other groups score (V2: 0, V3: -inf)"
     )
     dtype = attr(DTYPE, f32, doc="what the weights are rounded to")
-    w = result("[T, k] weights, best first")
-    id = result("[T, k] int32 expert ids")
+    shared = attr(INT, 0, doc="experts beyond E that every token takes")
+    w = result("[T, k + shared] weights, best first")
+    id = result("[T, k + shared] int32 expert ids")
 
     def infer(self) -> tuple[TensorType, TensorType]:
         logits = self.tensor(self.logits, 2)
@@ -58,7 +60,10 @@ class Route(Op, name="route"):
             raise self.mismatch(
                 f"k is {self.k}, but the groups allow {experts // self.groups * self.topk_groups}"
             )
-        return TensorType(self.dtype, (tokens, self.k)), TensorType(i32, (tokens, self.k))
+        if self.shared < 0:
+            raise self.mismatch(f"shared is {self.shared}")
+        chosen = (tokens, self.k + self.shared)
+        return TensorType(self.dtype, chosen), TensorType(i32, chosen)
 
     def cost(self) -> Cost:
         return Cost(6 * self.logits.type.numel, self.moved_bytes())
@@ -77,6 +82,7 @@ class Route(Op, name="route"):
         group_score: str,
         masked: str,
         dtype: Any,
+        shared: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scores = logits.float().softmax(-1) if score == "softmax" else logits.float().sigmoid()
         choice = scores if bias is None else scores + bias.float()
@@ -96,7 +102,12 @@ class Route(Op, name="route"):
         weights = scores.gather(1, ids)
         if renorm:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return (weights * scale).to(dtype.torch), ids.to(torch.int32)
+        w, ids = (weights * scale).to(dtype.torch), ids.to(torch.int32)
+        always = torch.arange(experts, experts + shared, dtype=torch.int32, device=ids.device)
+        return (
+            torch.cat([w, w.new_ones(tokens, shared)], dim=1),
+            torch.cat([ids, always.expand(tokens, shared)], dim=1),
+        )
 
 
 class ExpertSlots(Op, name="expert_slots"):

@@ -359,6 +359,7 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ),
     ("rope_table", {"scaling": "llama3", "original": 64, "low": 4.0}, "low is 4.0, not below high, 4.0"),
     ("route", {1: "f32[255]"}, "E is 256 in %logits but 255 in %bias"),
+    ("route", {"shared": -1}, "shared is -1"),
     ("route", {"k": 257}, "k is 257 of 256 experts"),
     ("route", {"k": 0}, "k is 0 of 256 experts"),
     ("route", {0: "f32[N,E]", 1: "_"}, "k is 8 of E experts"),
