@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 import moec
 from moec.errors import ConfigContradiction
 from moec.models import from_hf, lower
+from moec.passes.pipelines import DEFAULT_LEVEL, LEVELS
 from tests import hf
 from tests.strategies import CONFIGS, hf_cases
 
 # Hypothesis profiles say how many examples a test gets; a whole model counts for several.
 PACKAGE_EXAMPLES = max(1, settings.default.max_examples // 2)
 INTERPRETER_EXAMPLES = max(1, settings.default.max_examples // 5)
+LEVEL_EXAMPLES = max(1, settings.default.max_examples // 12)
 
 Execute = Callable[[Path, hf.Prompts, int], hf.Outputs]
 
@@ -34,11 +37,13 @@ def execute_interpreter(folder: Path, prompts: hf.Prompts, new_tokens: int) -> h
     return hf.interpret(lower(spec), hf.tensors(folder), prompts, new_tokens)
 
 
-def execute_package(folder: Path, prompts: hf.Prompts, new_tokens: int) -> hf.Outputs:
-    """A package built for the CPU, as a user would run it."""
+def execute_package(
+    folder: Path, prompts: hf.Prompts, new_tokens: int, level: int = DEFAULT_LEVEL
+) -> hf.Outputs:
+    """A package built for the CPU at an -O level, as a user would run it."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "package"
-        moec.build(folder, target="cpu", out=out, dtype="f32")
+        moec.build(folder, target="cpu", out=out, dtype="f32", options=moec.BuildOptions(opt_level=level))
         model = moec.load(out, weights=folder)
         ids = [torch.tensor(p) for p in prompts]
         if len({len(p) for p in prompts}) == 1:
@@ -72,6 +77,14 @@ def test_naive_ir(family: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_cpu_package(family: str, data: st.DataObject) -> None:
     check(data.draw(hf_cases(family)), execute_package)
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != DEFAULT_LEVEL])
+@pytest.mark.parametrize("family", CONFIGS)
+@settings(max_examples=LEVEL_EXAMPLES)
+@given(data=st.data())
+def test_cpu_package_of_another_level(family: str, level: int, data: st.DataObject) -> None:
+    check(data.draw(hf_cases(family)), partial(execute_package, level=level))
 
 
 @pytest.mark.parametrize("family", [f for f in CONFIGS if f != "deepseek"])
