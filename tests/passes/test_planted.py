@@ -72,6 +72,7 @@ PLANTED: dict[str, tuple[str, Plant]] = {
         spoil("gather_grouped_linear", per_row=lambda per_row: 2 * per_row),
     ),
     "plan": ("canonicalise", annotate_too_much),
+    "rope-cache-fusion": ("canonicalise", spoil("latent_cache_write", eps=lambda eps: 1.0)),
     "select": ("canonicalise", annotate_too_much),
 }
 REGISTERED = sorted(name for name, cls in PASSES.items() if cls.__module__.startswith("moec.passes."))
