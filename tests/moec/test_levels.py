@@ -66,7 +66,7 @@ for package in sys.argv[2:]:
 def test_each_level_of_a_gpus_package_in_the_interpreter(
     dtype: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """As the naive package for the cpu; by the median in fp16, where rounding may turn a choice of experts."""
+    """As the naive package for the cpu; by the median in fp16, where rounding may turn an expert choice."""
     cache = str(tmp_path_factory.getbasetemp() / "kernels of test_levels")
     naive = moec.BuildOptions(opt_level=0)
     want = moec.load(moec.build(tiny(dtype), "cpu", tmp_path / "cpu", options=naive), "random:5")
