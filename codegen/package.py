@@ -169,22 +169,21 @@ def entries(module: Module) -> dict[str, Any]:
     return found
 
 
-def routed_layers(module: Module) -> list[int]:
-    """The layers whose experts are chosen by a router, in the order in which a step runs them.
-
-    A layer that is compiled alone is number 0.
+def routed_layers(module: Module) -> list[list[int]]:
+    """The layers whose experts are chosen by a router, in the order in which a step runs them, each with how
+    many it chooses. A layer that is compiled alone is number 0.
     """
     entry = module["step" if "step" in module else "forward"]
-    found = [0 for op in entry.ops if _routes(op)]
+    found = [[0, op.attrs["k"]] for op in entry.ops if _routes(op)]
     for op in entry.ops:
         if isinstance(op, Loop) and op.callee in module:
-            each = sum(_routes(inner) for inner in module[op.callee].ops)
-            found += [number for number in op.range for _ in range(each)]
+            chosen = [inner.attrs["k"] for inner in module[op.callee].ops if _routes(inner)]
+            found += [[number, k] for number in op.range for k in chosen]
     return found
 
 
 def _routes(op: Op) -> bool:
-    return {"w", "id"} <= {result.name for result in op.result_specs}
+    return "k" in op.attrs and {"w", "id"} <= {result.name for result in op.result_specs}
 
 
 def caches(module: Module) -> list[dict[str, Any]]:

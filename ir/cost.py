@@ -90,7 +90,7 @@ def _parameters(module: Module, functions: Iterable[str]) -> dict[str, tuple[Par
 def _share(op: Op) -> Fraction:
     """Of an op's weights, those that one token uses."""
     if isinstance(op, ExpertProduct) and (choices := op.choices()) is not None:
-        return min(Fraction(int(choices[0]), int(op.w.type.shape[0])), Fraction(1))
+        return min(Fraction(int(choices.k + choices.shared), int(op.w.type.shape[0])), Fraction(1))
     return Fraction(1)
 
 

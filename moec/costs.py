@@ -13,9 +13,8 @@ from sympy.printing.str import StrPrinter
 from moec.ir import Module, Op
 from moec.ir.cost import expert_slots, function_cost, op_cost
 from moec.ir.ops.control import Loop
-from moec.ir.ops.moe import ExpertProduct
+from moec.ir.ops.moe import Choices, ExpertProduct
 from moec.ir.roofline import Costs, Price, Runs, dtype_of, functions_run
-from moec.ir.routing import Load
 from moec.ir.weights import WEIGHTS
 
 TILE = 64  # rows, where no schedule says otherwise
@@ -43,7 +42,7 @@ def report(costs: Costs, tile: int | None = None) -> dict[str, Any]:
         },
         "at": dict(costs.sizes),
         "routing": str(costs.routing),
-        "routers": [load.__dict__ for load in routers(costs, tile)],
+        "routers": list(routers(costs, tile)),
         "entries": {name: entry_report(costs, name) for name in entries(costs.module, costs.sizes)},
     }
 
@@ -126,8 +125,11 @@ class _Printer(StrPrinter):
         return f"{float(expr):.0f}" if expr == int(expr) else f"{float(expr):.6g}"
 
 
-def routers(costs: Costs, tile: int | None = None) -> Iterator[Load]:
-    """The load of each different router of a module; ``tile`` overrides what the kernels' schedules say."""
+def routers(costs: Costs, tile: int | None = None) -> Iterator[dict[str, Any]]:
+    """The ``Load`` of each different router of a module, and how many experts more every token takes.
+
+    ``tile`` overrides what the kernels' schedules say.
+    """
     seen: set[Any] = set()
     for function in costs.module:
         if function.name.split(".")[0] == WEIGHTS:
@@ -135,26 +137,26 @@ def routers(costs: Costs, tile: int | None = None) -> Iterator[Load]:
         for op in function.ops:
             if (router := router_of(op, costs)) is None:
                 continue
-            experts, k, tokens = router
-            height = tile or scheduled_tile(op.annotations.get("schedule"), tokens * k / experts) or TILE
+            experts, k, tokens, shared = router
+            rows = tokens * (k + shared) / (experts + shared)
+            height = tile or scheduled_tile(op.annotations.get("schedule"), rows) or TILE
             if (router, height) not in seen:
                 seen.add((router, height))
-                yield costs.routing.load(experts, k, tokens, height)
+                yield {**costs.routing.load(experts, k, tokens, height).__dict__, "shared": shared}
 
 
-def router_of(op: Op, costs: Costs) -> tuple[int, int, int] | None:
-    """(experts, k, tokens) of an op that takes experts' rows, None for all others."""
+def router_of(op: Op, costs: Costs) -> Choices | None:
+    """What is chosen for an op that takes experts' rows, in numbers; None for all others."""
     if isinstance(op, ExpertProduct) and (choices := op.choices()) is not None:
-        k, tokens = choices
-        experts = op.w.type.shape[0]
+        experts, k, tokens, shared = choices
     elif isinstance(op, Loop) and op.callee in costs.module:
         chosen = expert_slots(costs.module[op.callee])
         if chosen is None:
             return None
-        experts, (tokens, k) = len(op.range), chosen.id.type.shape
+        experts, (tokens, k), shared = len(op.range), chosen.id.type.shape, 0
     else:
         return None
-    return int(experts), int(costs.number(k)), int(costs.number(tokens))
+    return Choices(int(experts), int(costs.number(k)), int(costs.number(tokens)), shared)
 
 
 def scheduled_tile(schedule: str | None, rows: float) -> int | None:

@@ -111,7 +111,7 @@ _FIELDS: dict[str, Rule] = {
     "options": lambda value: isinstance(value, dict),
     "entries": _map(_record(args=_list(_pair(_text, _text)), returns=_list(_text))),
     "caches": _caches,
-    "routed_layers": _list(_count),
+    "routed_layers": _list(_pair(_count, _size)),
     "parameters": _tensors(bound=lambda value: isinstance(value, bool)),
     "checkpoint": _tensors(kind=_text),
     "ignored": _list(_pair(_pattern, _text)),

@@ -58,7 +58,7 @@ class Loaded:
         ``trace.steps`` has each step's weights and ids, a layer at a time; ``trace.save(file)`` writes them.
         Raises BadInput where no layer routes.
         """
-        return recording(self._code, tuple(self.manifest["routed_layers"]))
+        return recording(self._code, self.manifest["routed_layers"])
 
     @property
     def page(self) -> int:

@@ -34,7 +34,10 @@ ENTRIES = ("step", "decode", "forward")
 
 @dataclass
 class RoutingTrace:
-    """``steps[s][i]`` is (w, id) of the i-th routed layer, number ``layers[i]``, in step s."""
+    """``steps[s][i]`` is (w, id) of the i-th routed layer, number ``layers[i]``, in step s.
+
+    Choices only: experts that every token takes, as folded shared ones, are not among them.
+    """
 
     layers: tuple[int, ...]
     steps: list[list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=list)
@@ -75,8 +78,9 @@ class RoutingTrace:
 
 
 @contextmanager
-def recording(code: ModuleType, layers: tuple[int, ...]) -> Iterator[RoutingTrace]:
-    """What the routers of a package's ``model.py`` choose while this is open.
+def recording(code: ModuleType, layers: list[list[int]]) -> Iterator[RoutingTrace]:
+    """What the routers of a package's ``model.py`` choose while this is open. ``layers`` holds each routed
+    layer's number and how many experts it chooses.
 
     The generated functions look their kernels up in ``code`` at each call: they are replaced there, and put
     back afterwards, so that nothing is slower without a recording. Raises BadInput where no layer routes.
@@ -84,10 +88,10 @@ def recording(code: ModuleType, layers: tuple[int, ...]) -> Iterator[RoutingTrac
     routers = [name for name, value in vars(code).items() if _is_router(value)]
     if not routers or not layers:
         raise BadInput("the model has no routed layers: there is nothing to record")
-    trace = RoutingTrace(layers)
+    trace, chosen = RoutingTrace(tuple(n for n, _ in layers)), [k for _, k in layers]
     before = {name: vars(code)[name] for name in (*routers, *ENTRIES) if name in vars(code)}
     for name, function in before.items():
-        setattr(code, name, _step(function, trace) if name in ENTRIES else _router(function, trace))
+        setattr(code, name, _step(function, trace) if name in ENTRIES else _router(function, trace, chosen))
     try:
         yield trace
     finally:
@@ -110,12 +114,13 @@ def _step(entry: Callable[..., Any], trace: RoutingTrace) -> Callable[..., Any]:
     return begins
 
 
-def _router(kernel: Callable[..., Any], trace: RoutingTrace) -> Callable[..., Any]:
+def _router(kernel: Callable[..., Any], trace: RoutingTrace, chosen: list[int]) -> Callable[..., Any]:
     @wraps(kernel)
     def recorded(*args: Any, **kwargs: Any) -> Any:
         results = kernel(*args, **kwargs)
+        k = chosen[len(trace.steps[-1])]
         # Copies: a buffer may serve again in the same step. They stay where they are; nothing waits for them.
-        trace.steps[-1].append((results[0].clone(), results[1].clone()))
+        trace.steps[-1].append((results[0][:, :k].clone(), results[1][:, :k].clone()))
         return results
 
     return recorded

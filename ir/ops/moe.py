@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -216,6 +216,15 @@ class ScatterAdd(Op, name="scatter_add"):
         return acc.index_add(0, slot // per_row, weighted.to(acc.dtype))
 
 
+class Choices(NamedTuple):
+    """Each of ``tokens`` chose ``k`` of ``experts``, and takes ``shared`` more that all take."""
+
+    experts: Any
+    k: Any
+    tokens: Any
+    shared: int
+
+
 class ExpertProduct(Op):
     """Expert e owns rows off[e]:off[e+1]; what no expert owns comes out as zeros. Scaled: as ``linear``."""
 
@@ -239,20 +248,23 @@ class ExpertProduct(Op):
             raise self.mismatch(f"to is {self.to}, but only a product of scaled operands leaves their dtype")
         return w
 
-    def choices(self) -> tuple[Any, Any] | None:
-        """(k, T) where each of T tokens chose k of the experts: what made ``off`` knows; else None."""
+    def choices(self) -> Choices | None:
+        """What each token chose of the experts, as what made ``off`` knows; else None."""
         sorter = self.off.op if isinstance(self.off, OpResult) else None
         ids = getattr(sorter, "id", None)
         if not isinstance(ids, Value) or not isinstance(ids.type, TensorType):
             return None
         tokens, k = ids.type.shape
-        return k, tokens
+        router = ids.op if isinstance(ids, OpResult) else None
+        shared = router.attrs.get("shared", 0) if router is not None else 0
+        return Choices(self.w.type.shape[0] - shared, k - shared, tokens, shared)
 
     def product_cost(self, rows: Any) -> Cost:
         """Weights of experts without rows needn't move."""
         w = self.w.type
-        k, tokens = self.choices() or (1, rows)
-        read = active(w.shape[0], k, tokens) / w.shape[0] if w.shape[0] else 0
+        chosen = self.choices() or Choices(w.shape[0], 1, rows, 0)
+        running = active(chosen.experts, chosen.k, chosen.tokens) + chosen.shared
+        read = running / w.shape[0] if w.shape[0] else 0
         return Cost(2 * rows * w.shape[1] * w.shape[2], self.moved_bytes() - w.nbytes + w.nbytes * read)
 
 

@@ -76,6 +76,7 @@ def _tables(data: dict[str, Any], whole: bool) -> None:
             f"routing {data['routing']}: {load['active']:.1f} of {load['experts']} experts have rows, "
             f"{load['mean']:.1f} each, {load['most']:.1f} at most; "
             f"tiles of {load['tile']} rows: {load['tiles']:.0f}, {load['waste']:.0%} of them padding"
+            + (f"; {load['shared']} more that every token takes" if load["shared"] else "")
         )
     click.echo()
     for entry in data["entries"].values():

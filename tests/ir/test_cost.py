@@ -74,6 +74,22 @@ def test_only_experts_that_have_rows_are_read(grouped: Module, tokens: int, acti
     assert weights / (2 * 4096 * 7168) == pytest.approx(256 * (1 - (31 / 32) ** tokens))
 
 
+def test_experts_that_every_token_takes_are_always_read() -> None:
+    """The router chooses 2 of 6, a seventh is everyone's: 6·(1 - (2/3)^M) + 1 of the 7 are read."""
+    module = parse_module("""\
+moec.ir 1 func @moe(%x: bf16[T,4], %logits: f32[T,6], %w13: bf16[7,4,4]) -> bf16[3*T~7,4]
+  %w, %id = route(%logits) {k=2, score=softmax, shared=1} : f32[T,3], i32[T,3]
+  %slot, %off = sort_by_expert(%id) {experts=7} : i32[3*T~7], i32[8]
+  %y = gather_grouped_linear(%x, %w13, %slot, %off) {per_row=3} : bf16[3*T~7,4]
+  return %y
+end
+""")
+    for tokens in (1, 5):
+        _, moved = at(op_cost(op(module, "y")), T=tokens)
+        read = 6 * (1 - (2 / 3) ** tokens) + 1
+        assert moved == pytest.approx(8 * tokens + 32 * read + 12 * tokens + 32 + 24 * tokens)
+
+
 def test_the_design_s_grouped_gemms(grouped: Module) -> None:
     values = grouped.bound_values()
     assert describe(op_cost(op(grouped, "gu")), values) == ["1.92TF", "15.8GB"]

@@ -147,8 +147,8 @@ def test_specs_naive_and_optimised_and_packages(cli: Cli, built: Path) -> None:
         (("--cost", "--at", "T=1", "--figures", "bf17=1"), 1, "did you mean bf16"),
         (("--cost", "--at", "T=1", "--function", "lair"), 1, "no function is called @lair"),
         (("--cost", "--at", "T=1", "--tile", "0"), 2, "0 is not in the range"),
-        (("--at", "T=1"), 2, "are for --cost"),
-        (("--json",), 2, "are for --cost"),
+        (("--at", "T=1"), 2, "are for one of --cost and --memory"),
+        (("--json",), 2, "are for one of --cost and --memory"),
         (("-O", "2"), 1, "-O is for a spec"),
     ],
 )

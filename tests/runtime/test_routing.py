@@ -105,6 +105,20 @@ def test_a_layer_alone_records_too(layer: LayerModel) -> None:
     assert int(id.max()) < EXPERTS
 
 
+def test_experts_that_every_token_takes_are_no_choices(model: LanguageModel, tmp_path: Path) -> None:
+    options = moec.BuildOptions(opt_level=3)
+    folded = moec.load(moec.build("deepseek-v3-tiny", out=tmp_path / "x", options=options), "random:0")
+    assert isinstance(folded, LanguageModel)
+    assert "shared=1" in (sorted((tmp_path / "x" / "ir").glob("*.moec"))[-1]).read_text()
+    traces = []
+    for each in (model, folded):
+        with each.record_routing() as trace:
+            each.generate([[1, 2, 3]], max_new_tokens=2)
+        traces.append(trace)
+    plain, without_shared = traces
+    assert (plain.array()["id"] == without_shared.array()["id"]).all()
+
+
 def test_a_dense_model_has_nothing_to_record(tmp_path: Path) -> None:
     dense = moec.load(moec.build("llama-tiny", out=tmp_path / "x"), "random:0")
     with pytest.raises(BadInput, match="no routed layers"), dense.record_routing():
