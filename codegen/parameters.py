@@ -27,6 +27,7 @@ KINDS = {
     ("latent_cache_write", "w"): "norm",
     ("linear", "bias"): "bias",
     ("route", "bias"): "bias",
+    ("route_sort", "bias"): "bias",
     ("scaled", "scale"): "scale",
 }
 

@@ -128,7 +128,7 @@ def _verify_experts(op: Loop, body: Function) -> None:
         routed = op.values[body.args.index(slots.id) - 1]
         route = routed.op if isinstance(routed, OpResult) else None
         if isinstance(route, Route):
-            experts = route.logits.type.shape[1]
+            experts = route.logits.type.shape[1] + route.shared
             if op.range.last >= experts:
                 raise _broken(
                     op, f"experts {op.range}, but {routed.text} comes of a route among {experts}, from 0"

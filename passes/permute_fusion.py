@@ -16,20 +16,35 @@ The first product reads its rows of x through the slots and applies the activati
 second stores each row at the place of its slot, where combine reads a token's rows one behind the other and
 adds them in the order of its choices. Neither the gathered rows nor gate and up reach memory.
 
+With ``route_sort=true`` the router's choice and the sort by expert become one op as well::
+
+    %w, %id = route(%logits) {k=8, score=sigmoid}
+    %slot, %off = sort_by_expert(%id) {experts=256}
+
+    %w, %id, %slot, %off = route_sort(%logits) {k=8, score=sigmoid}
+
 Below f32 the activation is taken of the product in fp32, which was rounded before: results come nearer to the
 exact ones. All else is right bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Module, Value
+from moec.ir.ops.moe import Route
 from moec.ir.types import bf16, f16, f32
 from moec.passes.manager import Pass, register
 from moec.passes.pattern import ANY, Match, P, Rules, maybe
 
 DTYPES = (bf16, f16, f32)
+
+
+@dataclass(frozen=True)
+class Options:
+    # Router, top-k and sort as one op, too. It has no kernel of its own on GPUs yet, where the sort has one.
+    route_sort: bool = False
 
 
 # Conditions: "" or why not.
@@ -39,7 +54,22 @@ def known_dtype(m: Match) -> str:
     return "" if dtype in DTYPES else f"the rows are {dtype}: the fused products take {known}"
 
 
+def every_expert(m: Match) -> str:
+    scored, shared = m["route"].logits.type.shape[1], m["route"].attrs["shared"]
+    sorted = m.root.attrs["experts"]
+    return "" if scored + shared == sorted else f"the router knows {scored + shared} experts, not {sorted}"
+
+
 # Rewrites.
+def route_sort(m: Match) -> Sequence[Value]:
+    """The slots in order; whoever uses the weights and ids has those of the new op."""
+    route = m["route"]
+    out = [r.name for r in (*route.results, *m.root.results)]
+    w, id, slot, off = m.create("route_sort", *route.operands, out=out, loc=route.loc, **route.attrs)
+    m.also(route, w, id)
+    return slot, off
+
+
 def gather(m: Match) -> Value:
     """The product that reads its own rows of x."""
     per_row = m["gather"].attrs["per_row"]
@@ -103,6 +133,14 @@ ALONE: Rules = {
         combine,
     ),  # combine(grouped_linear(rows), slot) -> combine(grouped_linear(rows, .., slot), _)
 }
+ROUTING: Rules = {
+    "route-sort": (
+        P.sort_by_expert(
+            P.route(..., **dict.fromkeys(Route.attr_specs, ANY)).named("route").out(1), experts=ANY
+        ).where(every_expert),
+        route_sort,
+    ),  # w, id = route(l); sort_by_expert(id) -> w, id, slot, off = route_sort(l)
+}
 
 
 @register
@@ -110,8 +148,12 @@ class PermuteFusion(Pass):
     """Gather into the experts' first product, SwiGLU into its epilogue; the second stores rows by slot."""
 
     name = "permute-fusion"
+    Options = Options
 
     def run(self, module: Module) -> bool:
         # Whole chains first: a product whose swiglu fits would else be fused without it, then once more.
         changed = self.apply(module, WITH_SWIGLU)
-        return self.apply(module, ALONE) or changed
+        changed = self.apply(module, ALONE) or changed
+        if self.options.route_sort:
+            changed = self.apply(module, ROUTING) or changed
+        return changed

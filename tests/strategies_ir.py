@@ -388,13 +388,13 @@ def _cache_read(g: Graph) -> Any:
 
 
 # Experts.
-@draws("route")
-def _route(g: Graph) -> Any:
+@draws("route", "route_sort")
+def _route(g: Graph, name: str = "route") -> Any:
     groups, each = g.draw(of([1, 2, 3])), g.draw(of([2, 3]))
     kept, experts = g.draw(st.integers(1, groups)), groups * each
     k = g.draw(st.integers(1, kept * each))
-    w, id = g.op(
-        "route",
+    w, id, *order = g.op(
+        name,
         g.x(N, experts),
         g.param(f32, experts) if g.draw(st.booleans()) else None,
         score=g.draw(of(["softmax", "sigmoid"])),
@@ -409,7 +409,7 @@ def _route(g: Graph) -> Any:
         shared=(shared := g.draw(of([0, 0, 2]))),
     )
     g.routed.append((w, id, experts + shared, k + shared))
-    return w, id
+    return w, id, *order
 
 
 def _choice(g: Graph) -> tuple[Value, Value, int, int]:

@@ -110,6 +110,7 @@ register(
         lambda op: dict(op.attrs) | {"rank": op.operands[0].type.rank, "dtype": op.operands[0].type.dtype},
     ),
     _kernel("route", _route),
+    _kernel("route_sort", _route),
     _kernel("local_experts"),
     _kernel("sort_by_expert"),
     _kernel("scatter_add"),

@@ -93,6 +93,11 @@ GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "rope": (["bf16[N,8,64]", "f32[N,32]", "f32[N,32]"], {"layout": "half"}, "bf16[N,8,64]"),
     "rope_table": (["i64[N]"], {"dim": 64, "theta": 1e4}, "f32[N,32], f32[N,32]"),
     "route": (["f32[N,256]", "f32[256]"], {"score": "sigmoid", "k": 8}, "f32[N,8], i32[N,8]"),
+    "route_sort": (
+        ["f32[N,256]", "f32[256]"],
+        {"score": "sigmoid", "k": 8, "shared": 1},
+        "f32[N,9], i32[N,9], i32[9*N~257], i32[258]",
+    ),
     "scaled": (
         ["f8e4m3[2,576,7168]", "f32[2,5,56]"],
         {"block": (128, 128)},
@@ -372,6 +377,8 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
         "a group of one expert has no two best",
     ),
     ("route", {"groups": 64, "topk_groups": 1}, "k is 8, but the groups allow 4"),
+    ("route_sort", {"k": 0}, "k is 0 of 256 experts"),
+    ("route_sort", {"shared": -1}, "shared is -1"),
     ("scatter_add", {0: "bf16[N,64]"}, "%acc is bf16[N,64], but sums are f32"),
     ("scatter_add", {0: "f32[N,63]"}, "H is 63 in %acc but 64 in %rows"),
     ("scatter_add", {0: "f32[M,64]"}, "T is M in %acc but N in %w"),
