@@ -21,18 +21,24 @@ from moec.ir.scaled import Scaled
 from moec.ir.types import CacheType, Dim, TensorType, Type, as_dim, format_block, format_dim
 
 Observer = Callable[[str, Op, str, tuple[Any, ...]], None]
+Alter = Callable[[Op, str, list[Any], tuple[Any, ...]], tuple[Any, ...]]
 
 
 class Interpreter:
     """``weights`` are the checkpoint's tensors by name; what ``@weights`` makes of them is computed here.
 
-    ``observe(function, op, scope, results)`` is called after every op.
+    ``observe(function, op, scope, results)`` is called after every op. Before it,
+    ``alter(op, scope, operands, results)`` may give an op other results: the routing of another run, say.
     """
 
     def __init__(
-        self, module: Module, weights: Mapping[str, torch.Tensor], observe: Observer | None = None
+        self,
+        module: Module,
+        weights: Mapping[str, torch.Tensor],
+        observe: Observer | None = None,
+        alter: Alter | None = None,
     ) -> None:
-        self.module, self.observe = module, observe
+        self.module, self.observe, self.alter = module, observe, alter
         self._checkpoint = weights
         # Load-time functions read the checkpoint only, whatever has been bound before them.
         self._bound: dict[str, torch.Tensor | Scaled] = {}
@@ -69,6 +75,8 @@ class Interpreter:
         for op in function.ops:
             operands = [None if v is None else self._value(v, op, values, scope) for v in op.operands]
             results = self._step(op, operands, scope, symbols)
+            if self.alter is not None:
+                results = self.alter(op, scope, operands, results)
             for res, got in zip(op.results, results, strict=True):
                 _unify(res, got, symbols)
                 values[res] = got

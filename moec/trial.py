@@ -59,6 +59,19 @@ def inputs_for(module: Module, seed: int = 0) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def caches_for(module: Module, inputs: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """The same inputs with new caches, of the entries that ``module`` keeps."""
+    generator = torch.Generator()
+    found = {}
+    for name, args in inputs.items():
+        function = module[name]
+        found[name] = tuple(
+            _argument(module, function, arg, generator) if isinstance(arg.type, CacheType) else given
+            for arg, given in zip(function.args, args, strict=True)
+        )
+    return found
+
+
 def _argument(module: Module, function: Function, arg: Argument, generator: torch.Generator) -> Any:
     if isinstance(arg.type, CacheType):
         layers = [op.range.last + 1 for op in function.ops if isinstance(op, Call)]

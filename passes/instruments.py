@@ -12,6 +12,7 @@ import torch
 
 from moec.errors import InternalError, OutputUnwritable
 from moec.ir import Interpreter, Module, Op, TensorType, print_module
+from moec.ir.interp import Alter
 from moec.ir.ops.attention import PagedCache
 from moec.ir.scaled import Scaled
 from moec.ir.text import split_top
@@ -170,20 +171,30 @@ class Oracle(Instrument):
             )
 
     def _interpret(self, module: Module) -> tuple[dict[str, Any], dict[str, Any]]:
-        values: dict[str, Any] = {}
+        return interpret(module, self.inputs, self.weights)
 
-        def observe(function: str, op: Op, scope: str, results: tuple[Any, ...]) -> None:
-            where = f"{function}@{scope}" if scope else function
-            for res, got in zip(op.results, results, strict=True):
-                if isinstance(res.type, TensorType):
-                    values[f"{where}:{res.text}"] = (res.type, got)
 
-        interpreter = Interpreter(module, self.weights, observe)
-        outputs = {}
-        for function, args in self.inputs.items():
-            for number, got in enumerate(interpreter.run(function, *args)):
-                outputs[f"{function}.{number}"] = got
-        return outputs, values
+def interpret(
+    module: Module,
+    inputs: Mapping[str, Sequence[Any]],
+    weights: Mapping[str, torch.Tensor],
+    alter: Alter | None = None,
+) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """``{"step.0": value}`` of outputs, ``{"layer.moe@model.layers.3.:%h": (type, value)}`` of all ops."""
+    values: dict[str, Any] = {}
+
+    def observe(function: str, op: Op, scope: str, results: tuple[Any, ...]) -> None:
+        where = f"{function}@{scope}" if scope else function
+        for res, got in zip(op.results, results, strict=True):
+            if isinstance(res.type, TensorType):
+                values[f"{where}:{res.text}"] = (res.type, got)
+
+    interpreter = Interpreter(module, weights, observe, alter)
+    outputs = {}
+    for function, args in inputs.items():
+        for number, got in enumerate(interpreter.run(function, *args)):
+            outputs[f"{function}.{number}"] = got
+    return outputs, values
 
 
 def relative_error(before: Any, after: Any) -> float:
@@ -213,6 +224,8 @@ def sqnr(before: Any, after: Any) -> float:
     do or only one element is no finite number. Of a cache, the lowest of its layers."""
     if isinstance(before, PagedCache):
         return min((sqnr(t, after.layers[n]) for n, t in before.layers.items()), default=math.inf)
+    if isinstance(before, Scaled) and isinstance(after, Scaled):
+        before, after = before.float(), after.float()
     if before.shape != after.shape:
         return -math.inf
     a, b = before.double().flatten(), after.double().flatten()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import moec
 from moec import models
-from moec.check import CHUNK, _Comparison, token_errors, verify_package
+from moec.check import CHUNK, SQNR, TOLERANCE, _Comparison, token_errors, verify_package
 from moec.errors import BadOption
+from moec.pass_errors import pass_errors
 from moec.runtime.manifest import seal
 
 from .conftest import Cli
@@ -134,12 +136,82 @@ def test_the_prompts_cross_a_page(built: Path) -> None:
     assert first.shape[0] > 64
 
 
-def test_sixteen_bits_are_judged_by_the_median(tmp_path: Path) -> None:
+def test_sixteen_bits_are_judged_by_the_worst_token(tmp_path: Path) -> None:
+    """With the package's routing in both references, and against the naive IR by SQNR."""
     package = moec.build("mixtral-tiny", out=tmp_path / "package", dtype="bf16").path
     verdict = verify_package(package, "random:0", decode=1)
-    assert (verdict.ok, verdict.judged) == (True, "median")
+    assert (verdict.ok, verdict.judged, verdict.exact) == (True, "worst", False)
+    assert verdict.tolerance == TOLERANCE["bf16"] and 0 < verdict.flipped < 0.06 * verdict.routed
+    assert all(row.sqnr is not None and row.sqnr >= SQNR["bf16"] for row in verdict.rows)
     plant(package, "kernels/rope.py", "- b * sin", "+ b * sin")
     assert not verify_package(package, "random:0", decode=1).ok
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package in bf16; not to be changed."""
+    return moec.build("deepseek-v3-tiny", out=tmp_path_factory.mktemp("half") / "tiny", dtype="bf16").path
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("choice = scores + bias", "choice = scores + 0"),
+        ("weights = weights * 2.5", "pass"),
+        (".topk(2, dim=-1).values.sum(-1)", ".amin(-1)"),
+        (".masked_fill(hidden[..., None], -torch.inf)", ""),
+        ("scores.gather(1, ids)", "choice.gather(1, ids)"),
+    ],
+)
+def test_injected_routing_hides_no_mistake_of_the_router(
+    half: Path, tmp_path: Path, old: str, new: str
+) -> None:
+    """Choices that rounding doesn't explain are wrong; weights are compared where the choice is the same."""
+    package = Path(shutil.copytree(half, tmp_path / "package"))
+    plant(package, "kernels/route.py", old, new)
+    assert not verify_package(package, "random:0", decode=0).ok
+
+
+def test_verify_in_sixteen_bits_says_how_many_choices_flipped(cli: Cli, half: Path) -> None:
+    done = cli("verify", half, "--decode", 1)
+    assert done.code == 0
+    assert "SQNR to naive" in done.out and re.search(r" \d\d dB +ok", done.out)
+    said = done.out.splitlines()[-1]
+    assert re.fullmatch(r"equal within 8e-02; \d of 9 .*; \d+ of \d+ choices of experts flipped", said)
+    said = cli("verify", half, "--decode", 0, "--json").json()
+    assert (said["ok"], said["wrong"], said["exact"]) == (True, 0, False)
+
+
+# --passes
+def test_the_error_that_each_pass_brought(cli: Cli, built: Path, half: Path) -> None:
+    rows = pass_errors(built)
+    outputs = {(r.number, r.value): r for r in rows if r.output}
+    grouped = outputs[2, "step.0"]
+    assert grouped.error < 1e-6 and grouped.sqnr > 120, "exact but for the order of sums"
+    outputs = {(r.number, r.value): r for r in pass_errors(half) if r.output}
+    absorbed = next(r for (_, value), r in outputs.items() if r.passed == "mla-absorb" and value == "step.0")
+    assert 1e-3 < absorbed.error < 5e-2 and 25 < absorbed.sqnr < 60, "absorbing rounds elsewhere"
+    selected = next(r for (_, value), r in outputs.items() if r.passed == "select" and value == "step.0")
+    assert selected.error == 0.0 and selected.sqnr == math.inf, "select computes nothing"
+    rows = pass_errors(half)
+    inner = [r for r in rows if r.value == "layer.moe@model.layers.2.:%mlp" and r.passed == "mla-absorb"]
+    assert inner and inner[0].error > 0
+    done = cli("verify", half, "--passes", "--top", 3)
+    lines = done.out.splitlines()
+    assert done.code == 0 and lines[1].split()[:2] == ["pass", "value"] and "mla-absorb" in lines[3]
+    said = cli("verify", half, "--passes", "--json").json()
+    assert len(said) == len(rows) and {r["pass"] for r in said} >= {"expert-grouping", "select"}
+
+
+def test_an_edited_dump_shows_where_it_goes_wrong(built: Path, tmp_path: Path) -> None:
+    """The pass after which a value differs is the one that was edited."""
+    dump = next((built / "ir").glob("*_mla-absorb.moec"))
+    edited = tmp_path / dump.name
+    edited.write_text(dump.read_text().replace("scale=2.5", "scale=1.5"))
+    options = moec.BuildOptions(resume=str(edited))
+    package = moec.build("deepseek-v3-tiny", out=tmp_path / "x", dtype="f32", options=options).path
+    worst = max(pass_errors(package), key=lambda r: r.error)
+    assert worst.passed == "resumed" and worst.error > 1e-2
 
 
 def test_verify_prints_a_table(cli: Cli, built: Path, pristine: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from moec.errors import BadOption, InternalError, IRError, OutputUnwritable
 from moec.ir import Module, print_module, read_module
@@ -24,7 +27,7 @@ from moec.passes import (
     pipeline,
 )
 from moec.passes.firings import Prices
-from moec.passes.instruments import relative_error
+from moec.passes.instruments import relative_error, sqnr
 from tests.passes.modules import MoE, random_weights, tokens
 
 
@@ -271,3 +274,27 @@ def test_another_order_is_refused_naming_both(phases: tuple[int, ...]) -> None:
     assert caught.value.message == (
         f"p{fall} (phase {phases[fall]}) can't run after p{fall - 1} (phase {phases[fall - 1]})"
     )
+
+
+@given(st.lists(st.floats(-4, 4), min_size=1, max_size=50), st.floats(-3, 0))
+def test_sqnr_of_scaled_noise(values: list[float], power: float) -> None:
+    """Noise that is 10^p of the signal, element by element, is at -20·p dB: by the definition."""
+    a = torch.tensor(values, dtype=torch.float64)
+    assume(float((a**2).sum()) > 1e-6)
+    assert sqnr(a, a * (1 + 10**power)) == pytest.approx(-20 * power, abs=1e-3)
+    assert sqnr(a, a) == math.inf and sqnr(a, torch.zeros_like(a)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_sqnr_of_what_is_no_number() -> None:
+    nan = torch.tensor([1.0, torch.nan])
+    assert sqnr(nan, nan.clone()) == math.inf
+    assert sqnr(nan, torch.tensor([1.0, 0.0])) == sqnr(torch.ones(2), torch.ones(3)) == -math.inf
+    assert sqnr(torch.zeros(2), torch.ones(2)) == -math.inf
+
+
+def test_sqnr_of_eight_bits() -> None:
+    """6.02 dB a bit for values that use the whole range evenly."""
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(100_000, generator=generator, dtype=torch.float64) * 2 - 1
+    rounded = (uniform * 128).round() / 128
+    assert sqnr(uniform, rounded) == pytest.approx(20 * math.log10(2 * 128), abs=0.1)
