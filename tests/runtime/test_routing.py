@@ -105,8 +105,14 @@ def test_a_layer_alone_records_too(layer: LayerModel) -> None:
     assert int(id.max()) < EXPERTS
 
 
-def test_experts_that_every_token_takes_are_no_choices(model: LanguageModel, tmp_path: Path) -> None:
-    options = moec.BuildOptions(opt_level=3)
+FOLDED = "canonicalise,expert-grouping{fold_shared=true},mla-absorb"
+
+
+@pytest.mark.parametrize("passes", [FOLDED, f"{FOLDED},permute-fusion{{route_sort=true}}"])
+def test_experts_that_every_token_takes_are_no_choices(
+    model: LanguageModel, tmp_path: Path, passes: str
+) -> None:
+    options = moec.BuildOptions(passes=passes)
     folded = moec.load(moec.build("deepseek-v3-tiny", out=tmp_path / "x", options=options), "random:0")
     assert isinstance(folded, LanguageModel)
     assert "shared=1" in (sorted((tmp_path / "x" / "ir").glob("*.moec"))[-1]).read_text()
