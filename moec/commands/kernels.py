@@ -24,8 +24,8 @@ def emitted(target: str) -> Rows:
         first = kernels[0]
         source = "an expression" if isinstance(first, Inline) else first.template
         family = "Triton" if first.family == "triton" else "PyTorch"
-        rows.append([op, family, ", ".join(k.name for k in kernels), source])
-    return ["op", f"on {goal.name}", "kernels, the first that can is taken", "from"], rows
+        rows.append([op, family, source, ", ".join(k.name for k in kernels)])
+    return ["op", f"on {goal.name}", "from", "kernels, the first that can is taken"], rows
 
 
 def explained(spec: str, target: str, tokens: list[int]) -> Rows:
