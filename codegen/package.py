@@ -16,7 +16,6 @@ from moec.codegen.emit import emit_python, emitted_by
 from moec.codegen.parameters import manifest_tensors
 from moec.codegen.targets import Target
 from moec.errors import OutputExists, OutputUnwritable
-from moec.ir.amount import Sizes
 from moec.ir.graph import Module
 from moec.ir.memory import is_planned, plan_memory
 from moec.ir.op import Op, Value
@@ -142,7 +141,7 @@ def memory_plan(module: Module, target: str) -> dict[str, Any] | None:
     if not is_planned(module):
         return None
     plan = plan_memory(module, kernel_records(), target)
-    numbers = Sizes(plan.sizes)
+    numbers = plan.numbers()
     found: dict[str, Any] = {"at": plan.sizes, "entries": {}}
     for entry in plan.entries:
         held = [(p.function.name, h) for p, i in plan.peak_ops(entry) for h in p.at(i)]

@@ -14,7 +14,10 @@ from moec.ir.types import TensorType, Type, as_dim, format_dim
 
 
 class Amount:
-    """A sum of monomials with factors that are never negative. Immutable."""
+    """A sum of monomials with factors. Negative ones stand beside what they are part of: ``N - N0``.
+
+    Immutable.
+    """
 
     __slots__ = ("terms",)
 
@@ -23,11 +26,11 @@ class Amount:
 
     @staticmethod
     def of(expr: Any) -> Amount:
-        """An int or a sympy expression. Of a difference only what is added counts: an upper bound."""
+        """An int or a sympy expression."""
         if isinstance(expr, int):
-            return Amount({sympy.S.One: expr} if expr > 0 else {})
+            return Amount({sympy.S.One: expr} if expr else {})
         coefficients = sympy.expand(expr).as_coefficients_dict()
-        return Amount({m: _whole(c) for m, c in coefficients.items() if c > 0})
+        return Amount({m: _whole(c) for m, c in coefficients.items() if c})
 
     def __add__(self, other: Amount) -> Amount:
         if not self.terms or not other.terms:
@@ -49,7 +52,9 @@ class Amount:
 
     def within(self, other: Amount) -> bool:
         """Whether it is at most ``other`` whatever the symbols are, factor by factor."""
-        return all(factor <= other.terms.get(m, 0) for m, factor in self.terms.items())
+        return all(factor <= other.terms.get(m, 0) for m, factor in self.terms.items()) and all(
+            factor >= 0 for m, factor in other.terms.items() if m not in self.terms
+        )
 
     @property
     def expr(self) -> Any:

@@ -79,6 +79,8 @@ class Layout:
             self.breaks[op.results[0]] = frozenset(moved | {axis, axis + 1}) - {0}
         elif isinstance(op, Reshape):
             return self._reshape(op)
+        elif op.name in PERMUTED:
+            self.breaks |= dict.fromkeys(op.results, PERMUTED[op.name])
         return False
 
     def _reshape(self, op: Reshape) -> bool:
@@ -102,6 +104,12 @@ class Escape:
     argument: int | None = None
 
 
+# Results that may be one of these operands, where all rows are asked for.
+MAY_VIEW = {"take_rows": (0,), "merge_rows": (0, 2)}
+# Results whose axes lie in another order: breaks as in ``Layout``.
+PERMUTED = {"head_linear": frozenset({1, 2})}
+
+
 def rows_at_most(function: Function) -> dict[Any, Any]:
     """The sizes that a function's own ops define, at most: an expert may get every slot."""
     return {symbol(op.rows): op.id.type.numel for op in function.ops if isinstance(op, ExpertSlots)}
@@ -120,6 +128,7 @@ def lifetimes(function: Function, bodies: dict[str, list[Escape]] | None = None)
     for i, op in enumerate(ops):
         seen = view_of(op)
         copies = layout.see(op)
+        kept = [op.operands[n] for n in MAY_VIEW.get(op.name, ())]
         escapes = (bodies or {}).get(op.callee) if isinstance(op, Loop) else None
         for number, result in enumerate(op.results):
             if isinstance(result.type, STATE_TYPES):
@@ -130,6 +139,7 @@ def lifetimes(function: Function, bodies: dict[str, list[Escape]] | None = None)
                 argument = escapes[number].argument
                 looks_at = op.operands[argument - 1] if argument else None  # the first is the loop's number
             holders[result] = list(holders.get(looks_at, ())) if looks_at is not None else []
+            holders[result] += (h for v in kept if v is not None for h in holders.get(v, ()))
             if seen is None or copies:  # a copy may yet be a view: what it looks at stays as well
                 own = Held(result, size, i, i)
                 found.append(own)

@@ -10,8 +10,9 @@ that would otherwise live until its function returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
 
@@ -21,6 +22,7 @@ from moec.ir.lifetimes import Escape, Held, escapes, lifetimes, rows_at_most, ta
 from moec.ir.ops.control import Loop
 from moec.ir.records import Records
 from moec.ir.sizes import complete, symbols
+from moec.ir.types import symbol
 from moec.ir.weights import WEIGHTS
 
 # What generated code may hold above what is needed: closer would be many lines for little.
@@ -36,6 +38,7 @@ class FunctionPlan:
     """``held`` in order; by op its ``workspace`` and what a loop's body needs (one of these is the most).
 
     ``buffers`` numbers each held value's buffer. ``drops``: what generated code lets go of before an op.
+    ``parts`` are the ways in which a batch may be parted, as sizes: the peak is that of the worst.
     """
 
     function: Function
@@ -44,6 +47,7 @@ class FunctionPlan:
     body: list[list[Amount]]
     buffers: dict[Held, int] = field(default_factory=dict)
     drops: dict[int, list[Held]] = field(default_factory=dict)
+    parts: Sequence[Mapping[Any, Any]] = ({},)
 
     def at(self, i: int) -> list[Held]:
         """What is held while op ``i`` runs."""
@@ -52,7 +56,7 @@ class FunctionPlan:
     def needs(self, i: int) -> list[Amount]:
         """What op ``i`` needs in all: one of these is the most."""
         own = total(h.size for h in self.at(i)) + self.workspace[i]
-        return [own + body for body in self.body[i]] or [own]
+        return [own.subs(part) + body for part in self.parts for body in self.body[i] or [NOTHING]]
 
     def peaks(self) -> list[Amount]:
         """What the function needs: one of these is the most."""
@@ -68,7 +72,7 @@ class MemoryPlan:
 
     module: Module
     functions: dict[str, FunctionPlan]
-    sizes: dict[str, int]
+    sizes: dict[str, float]
     peaks: dict[str, list[Amount]] = field(default_factory=dict)
 
     @property
@@ -103,7 +107,7 @@ class MemoryPlan:
 
     def arena(self, entry: str, sizes: Mapping[str, float] | None = None) -> int:
         """Bytes of all buffers that a run of ``entry`` has at once, without workspace."""
-        numbers = Sizes(self.sizes if sizes is None else sizes)
+        numbers = self.numbers(sizes)
         known: dict[str, int] = {}
         for name, plan in self.functions.items():
             buffers: dict[int, int] = {}
@@ -112,6 +116,15 @@ class MemoryPlan:
             bodies = [known[op.callee] for op in plan.function.ops if isinstance(op, Loop)]
             known[name] = sum(buffers.values()) + max(bodies, default=0)
         return known[entry]
+
+    def numbers(self, sizes: Mapping[str, float] | None = None) -> Sizes:
+        """``sizes``, by default the plan's, with those of a batch's parts as if all sequences were alike."""
+        known = dict(self.sizes if sizes is None else sizes)
+        found = dict(known)
+        for op in _parting(self.module):
+            shares = op.shares({symbol(name): size for name, size in known.items()})
+            found |= {s.name: size for s, size in shares.items()}
+        return Sizes(found)
 
     def sum_up(self) -> None:
         """Works out ``peaks``, of bodies first."""
@@ -140,11 +153,16 @@ def plan_memory(module: Module, records: Records, target: str = "") -> MemoryPla
             plans[name] = _function_plan(function, kept, records, target)
             kept[name] = escapes(function, plans[name].held)
     prefill, decode = typical_sizes(module)
+    parts = ways_to_part(module)
+    for each in plans.values():
+        each.parts = parts
     plan = MemoryPlan(module, plans, prefill)
     plan.sum_up()  # with each value until its last use
     for each in plans.values():
-        each.buffers = share_buffers(each.held, Sizes(prefill))
-    _decide_drops(plan, [Sizes(prefill), Sizes(decode)])
+        each.buffers = share_buffers(each.held, plan.numbers(prefill))
+    _decide_drops(
+        plan, [Sizes(sizes | numbers_of(part, sizes)) for sizes in (prefill, decode) for part in parts]
+    )
     plan.sum_up()  # with what generated code holds
     return plan
 
@@ -163,7 +181,36 @@ def _function_plan(
     return FunctionPlan(function, lifetimes(function, kept), workspace, [[] for _ in workspace])
 
 
-def typical_sizes(module: Module) -> tuple[dict[str, int], dict[str, int]]:
+def _parting(module: Module) -> list[Any]:
+    """Ops that part a batch."""
+    return [op for function in module for op in function.ops if hasattr(op, "shares")]
+
+
+def ways_to_part(module: Module) -> list[dict[Any, Any]]:
+    """Sizes of the parts where an op parts the batch: all of it short, or all long.
+
+    What a step needs is linear in them, so that one of these ways needs the most. Without such an op there is
+    one way, which says nothing.
+    """
+    short: dict[Any, Any] = {}
+    long: dict[Any, Any] = {}
+    for op in _parting(module):
+        whole = op.like.type.shape[0], op.seq_lens.type.shape[0], symbol("S")
+        of_short = op.rows, op.sequences, op.short_entries
+        short |= {symbol(s): size for s, size in zip(of_short, whole, strict=True)} | {
+            symbol(op.long_entries): 0
+        }
+        long |= {symbol(s): 0 for s in of_short} | {symbol(op.long_entries): whole[2]}
+    return [short, long] if short else [{}]
+
+
+def numbers_of(part: Mapping[Any, Any], sizes: Mapping[str, float]) -> dict[str, float]:
+    """The sizes of a part as numbers."""
+    numbers = Sizes(sizes)
+    return {s.name: numbers[Amount.of(size)] for s, size in part.items()}
+
+
+def typical_sizes(module: Module) -> tuple[dict[str, float], dict[str, float]]:
     """What a plan is made for: one sequence's prefill, as long as may be, and 64 sequences that decode."""
     tokens = module.bounds.get("N", TOKENS)
     few = min(64, tokens)

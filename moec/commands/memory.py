@@ -49,11 +49,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["value"], row["type"], size, row["from"], row["to"], buffer, mark]
 
 
-def report(plan: Any, sizes: dict[str, int]) -> dict[str, Any]:
+def report(plan: Any, sizes: dict[str, float]) -> dict[str, Any]:
     """A plan as JSON can hold it. Sizes in bytes; ``from`` and ``to`` name the ops by their results."""
-    from moec.ir.amount import Sizes
-
-    numbers = Sizes(sizes)
+    numbers = plan.numbers(sizes)
     entries, peaks = {}, set()
     for entry in plan.entries:
         path = plan.peak_ops(entry, sizes)
