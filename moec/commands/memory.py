@@ -21,7 +21,9 @@ def show(module: Any, at: str | None, functions: tuple[str, ...], as_json: bool)
     from moec.ir.sizes import complete, parse_sizes
 
     plan = plan_memory(module, kernel_records())
-    sizes = plan.sizes if at is None else complete(parse_sizes(at, module), module)
+    sizes = dict(plan.sizes)
+    if at is not None:
+        sizes = {**complete(parse_sizes(at, module), module)}
     wanted = [module[name.removeprefix("@")].name for name in functions]
     data = report(plan, sizes)
     if wanted:
