@@ -6,12 +6,15 @@ figures bound what tests/codegen measures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import sympy
+
 from moec.ir.amount import NOTHING, Amount, bytes_as, bytes_of, total
 from moec.ir.op import Op, Param
-from moec.ir.types import f32
+from moec.ir.types import f32, symbol
 
 Workspace = Callable[[Op], Amount]
 
@@ -92,11 +95,30 @@ def _swiglu(op: Op) -> Amount:
 
 
 def _latent(op: Op) -> Amount:
-    """Keys and values made of all latent rows, and copies of one width."""
+    """Over rows that were gathered: keys and values made of all of them, and copies of one width."""
+    if "nope" not in op.attrs:
+        return _paged(op)
     (_, heads, width), (_, row) = _type(op, 0).shape, _type(op, 1).shape
     value = op.attrs["value"]
     made = heads * (op.attrs["nope"] + value + 2 * max(width, value)) / row
     return wide_copies(op) * 2 + bytes_as(_type(op, 1), 32) * made
+
+
+def _paged(op: Op) -> Amount:
+    """Beside ``wide_copies``: a mask, and of entries that don't lie together the scores and a copy in fp32.
+
+    Scores are made of as many rows at once as 64 MiB hold; five such lie side by side.
+    """
+    heads, cache, entries = _type(op, 0).shape[1], _type(op, 1), symbol(op.attrs["rows"])
+    pairs = _type(op, 0).shape[0] * entries
+    scores = Amount.of(sympy.Min(5 * 4 * heads * pairs, 5 << 26))
+    widened = NOTHING if cache.dtype == f32 else Amount.of(4 * math.prod(cache.entry) * entries)
+    return wide_copies(op) + Amount.of(pairs) + scores + widened
+
+
+def _parts(op: Op) -> Amount:
+    """Masks of rows, and numbers of rows in 64 bits."""
+    return total(bytes_of(r.type) for r in op.results) * 3
 
 
 WORKSPACE: dict[str, Workspace] = {
@@ -117,8 +139,12 @@ WORKSPACE: dict[str, Workspace] = {
     "torch.swiglu": _swiglu,
     "torch.route": times(0, 7 * 32),  # scores, and what is sorted by them
     "torch.sort_by_expert": _sorted,
+    "torch.paged_attention": _paged,
     "onednn.latent_attention": _latent,
     "torch.latent_attention": _latent,
+    "torch.split_batch": _parts,
+    "torch.take_rows": nothing,
+    "torch.merge_rows": nothing,
     "triton.sort_by_expert": _counts,
     "triton.combine": _places,
 }
