@@ -30,6 +30,11 @@ class BuildOptions:
     passes: str | None = _option(
         None, "this pipeline in place of the level's, as 'a,b{option=1}'", "MOEC_PASSES"
     )
+    fp8: bool | str = _option(
+        False,
+        "products in fp8: true, or a recipe with options, as 'per-row' or 'deepseek-v3{skip=[down_proj]}'",
+        "MOEC_FP8",
+    )
     layers: str | None = _option(None, "only the first N layers, or layers A-B")
     stop_after: str | None = _option(None, "end the pipeline after this pass, by name (the last) or number")
     resume: str | None = _option(None, "an IR dump to go on from, edited or not, in place of the spec's IR")
@@ -58,6 +63,12 @@ class BuildOptions:
                 raise BadOption(f"{name} is {value!r}; it must be text")
         if self.opt_level not in (0, 1, 2, 3):
             raise BadOption(f"opt_level is {self.opt_level!r}; it must be 0, 1, 2 or 3")
+        if not isinstance(self.fp8, bool | str):
+            raise BadOption(f"fp8 is {self.fp8!r}; it must be true, false or a recipe")
+        if self.fp8 and self.passes is not None:
+            raise BadOption(
+                "fp8 adds fp8-cast to a level's passes; in a pipeline of your own write it yourself"
+            )
         if self.dtype not in (None, "f32", "bf16", "f16"):
             raise BadOption(f"dtype is {self.dtype!r}; it must be f32, bf16 or f16")
 
@@ -69,7 +80,9 @@ class BuildOptions:
         for option in fields(BuildOptions):
             variable = option.metadata["variable"]
             if option.name not in values and variable and environment.get(variable):
-                values[option.name] = _read(variable, environment[variable], option.default)
+                text = environment[variable]
+                plain = option.name == "fp8" and text not in ("0", "1")
+                values[option.name] = text if plain else _read(variable, text, option.default)
         return BuildOptions(**values)
 
     def as_manifest(self) -> dict[str, Any]:

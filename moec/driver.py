@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from moec import __version__, codegen, models, passes
 from moec.config import BuildOptions
 from moec.errors import BadOption, nearest
 from moec.ir import Module
+from moec.ir.devices import GPUS
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +87,8 @@ def build(
         say(f"lowering {model.name}")
         module = models.lower(model)
         module.target = goal.name
+        if instead := without_fp8(chosen, model):
+            warnings.warn(instead, stacklevel=2)
         about = describe(model, chosen)
         if chosen.resume is not None:
             module, about = resume(module, chosen, about, aside, say)
@@ -125,7 +129,24 @@ def pipeline_of(options: BuildOptions) -> list[passes.Pass]:
     """The passes that these options ask for."""
     if options.passes is not None:
         return stop_after(passes.parse_pipeline(options.passes), options.stop_after)
-    return stop_after(passes.pipeline(options.opt_level, options.target), options.stop_after)
+    whole = passes.pipeline(options.opt_level, options.target, options.fp8)
+    return stop_after(whole, options.stop_after)
+
+
+def fp8_of(options: BuildOptions) -> str:
+    """The fp8-cast that these options ask for, as a pipeline writes it; "" for none."""
+    return ",".join(str(p) for p in pipeline_of(options) if p.name == "fp8-cast")
+
+
+def without_fp8(options: BuildOptions, model: Any) -> str:
+    """What happens instead where fp8 is asked for on a target that can't multiply it; "" elsewhere."""
+    gpu = GPUS.get(options.target)
+    if gpu is None or gpu.fp8 or not fp8_of(options):
+        return ""
+    return (
+        f"{gpu.name} ({gpu.stands_for}) has no fp8 units: products stay in {model.dtype}, and weights that a "
+        "checkpoint stores in fp8 are dequantised when they are loaded"
+    )
 
 
 def stop_after(pipeline: list[passes.Pass], last: str | None, first: int = 1) -> list[passes.Pass]:
@@ -187,6 +208,7 @@ def describe(model: Any, options: BuildOptions) -> dict[str, Any]:
         "max_positions": getattr(model, "max_positions", None),
         "eos": list(getattr(model, "eos", ()) or ()),
         "options": options.as_manifest(),
+        "fp8": without_fp8(options, model) or fp8_of(options),
         "ignored": [list(pair) for pair in getattr(model, "ignored", ())],
     }
 

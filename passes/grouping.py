@@ -14,7 +14,7 @@ from moec.ir import Function, Op, Value
 from moec.ir.op import OpResult, Param
 from moec.ir.ops.control import Loop
 from moec.ir.ops.moe import Route
-from moec.ir.types import STATE_TYPES, f32, symbol
+from moec.ir.types import STATE_TYPES, f32, format_block, symbol
 from moec.passes import loading
 from moec.passes.pattern import Match, Refusal
 
@@ -231,13 +231,15 @@ def linear(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:
         refuse(op, 1, w, WHAT[Weight])
     if op.operands[2] is not None:
         raise Refusal(f"linear adds the bias {op.operands[2].text}: grouped_linear takes none", op)
-    if op.tensor(op.results[0]).dtype != op.tensor(x.value).dtype:
+    scaled = op.tensor(x.value, scaled=True).scale is not None
+    if not scaled and op.tensor(op.results[0]).dtype != op.tensor(x.value).dtype:
         raise Refusal(
             f"linear keeps its result in {op.attrs['acc']}: grouped_linear rounds it to x's dtype", op
         )
     scattered = any(user.name == "scatter_add" for user in g.body.users(op.results[0]))
     weight = g.stacked(w.param, "w2" if scattered else w.param.name, op)
-    (y,) = g.create(op, [x.value, weight, x.slots.off], "grouped_linear")
+    to = {"to": op.attrs["acc"]} if scaled else {}
+    (y,) = g.create(op, [x.value, weight, x.slots.off], "grouped_linear", **to)
     return [Rows(y, x.slots, zero=True)]
 
 
@@ -272,14 +274,26 @@ def row_by_row(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:
     slots = rows[0].slots
     if any(r.slots != slots for r in rows):
         raise Refusal(f"{op.name} mixes rows in the order of two lists of slots", op)
-    rank = op.tensor(op.results[0]).rank
-    if any(op.tensor(r.value).rank != rank for r in rows):
+    rank = op.tensor(op.results[0], scaled=True).rank
+    if any(op.tensor(r.value, scaled=True).rank != rank for r in rows):
         raise Refusal(f"{op.name} adds an axis in front of the rows", op)
     if op.attrs.get("axis", -1) % rank == 0:
         raise Refusal(f"{op.name} works along the rows", op)
     made = g.create(op, [None if k is None else k.value for k in kinds])  # type: ignore[union-attr]
     stays = ZEROS_STAY.get(op.name, lambda _op, _kinds: False)(op, kinds)
     return [Rows(r, slots, zero=stays) for r in made]
+
+
+def quant(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:
+    """quant of one's rows -> quant of all, where no two rows share a scale. Zeros stay zeros."""
+    (x,) = kinds
+    if not isinstance(x, Rows):
+        refuse(op, 0, x, WHAT[Rows])
+    block = op.attrs["block"]
+    if len(block) == op.tensor(x.value).rank and block[0] != 1:
+        raise Refusal(f"quant: rows of one expert share a scale, in blocks of {format_block(block)}", op)
+    (y,) = g.create(op, [x.value])
+    return [Rows(y, x.slots, x.zero)]
 
 
 def reshape(g: Grouping, op: Op, kinds: Operands) -> list[Kind]:
@@ -316,6 +330,7 @@ TWINS: dict[str, Callable[[Grouping, Op, Operands], list[Kind]]] = {
     "linear": linear,
     "scatter_add": scatter_add,
     "reshape": reshape,
+    "quant": quant,
     **dict.fromkeys(
         ("add", "mul", "sigmoid", "clamp", "cast", "zeros_like", "swiglu", "split", "concat"), row_by_row
     ),

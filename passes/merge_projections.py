@@ -73,6 +73,8 @@ def why_not_together(a: Op, b: Op) -> str:
     for x, y in zip(have, want, strict=True):
         if not (isinstance(x, TensorType) and isinstance(y, TensorType) and x.with_(shape=y.shape) == y):
             return f"weights are {x} and {y}"
+        if x.scale and (not x.scale[0] or any(int(t.shape[0]) % x.scale[0] for t in (x, y))):
+            return f"blocks of {x} and {y} don't end where the weights do"
     return ""
 
 

@@ -14,7 +14,13 @@
 
 The first product reads its rows of x through the slots and applies the activation before it stores; the
 second stores each row at the place of its slot, where combine reads a token's rows one behind the other and
-adds them in the order of its choices. Neither the gathered rows nor gate and up reach memory.
+adds them in the order of its choices. Neither the gathered rows nor gate and up reach memory. In fp8 what the
+second one reads is quantised where it is made::
+
+    %h = gather_grouped_linear(%x.q, $experts.w13.q, %slot, %off) {epilogue=swiglu, per_row=8}
+    %h.q = quant(%h) {block=1x128}
+
+    %h.q = gather_grouped_linear(%x.q, $experts.w13.q, %slot, %off) {epilogue=swiglu, per_row=8, quant=1x128}
 
 With ``route_sort=true`` the router's choice and the sort by expert become one op as well::
 
@@ -23,8 +29,8 @@ With ``route_sort=true`` the router's choice and the sort by expert become one o
 
     %w, %id, %slot, %off = route_sort(%logits) {k=8, score=sigmoid}
 
-Below f32 the activation is taken of the product in fp32, which was rounded before: results come nearer to the
-exact ones. All else is right bit for bit."""
+Below f32 the activation is taken of the product in fp32, which was rounded before, and so is what is
+quantised: results come nearer to the exact ones. All else is right bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +40,7 @@ from typing import Any
 
 from moec.ir import Module, Value
 from moec.ir.ops.moe import Route
-from moec.ir.types import bf16, f16, f32
+from moec.ir.types import bf16, f16, f32, format_block
 from moec.passes.manager import Pass, register
 from moec.passes.pattern import ANY, Match, P, Rules, maybe
 
@@ -50,8 +56,16 @@ class Options:
 # Conditions: "" or why not.
 def known_dtype(m: Match) -> str:
     product = m["product"]
-    dtype, known = product.tensor(product.x).dtype, ", ".join(map(str, DTYPES))
-    return "" if dtype in DTYPES else f"the rows are {dtype}: the fused products take {known}"
+    x, known = product.tensor(product.x, scaled=True), ", ".join(map(str, DTYPES))
+    dtype = x.dtype
+    return "" if dtype in DTYPES or x.scale else f"the rows are {dtype}: the fused products take {known}"
+
+
+def tiles_of_rows(m: Match) -> str:
+    block = m.root.attrs["block"]
+    if len(block) != 2 or block[0] != 1:
+        return f"rows share a scale, in blocks of {format_block(block)}: it is known after the last of them"
+    return "" if block[1] else "a row's scale is known after its last column"
 
 
 def every_expert(m: Match) -> str:
@@ -88,7 +102,14 @@ def swiglu(m: Match) -> Value:
     return _product(m, product.operands, **product.attrs | {"epilogue": "swiglu", "act": m.root.attrs["act"]})
 
 
+def quant(m: Match) -> Value:
+    """The product, quantised before it is stored."""
+    product, how = m["product"], m.root.attrs
+    return _product(m, product.operands, **product.attrs | {"quant": how["block"], "scale": how["scale"]})
+
+
 def _product(m: Match, operands: Sequence[Value], **attrs: Any) -> Value:
+    attrs["to"] = None if attrs.get("quant") else m["product"].attrs["to"]
     (y,) = m.create("gather_grouped_linear", *operands, loc=m["product"].loc, **attrs).op.results
     return y
 
@@ -97,13 +118,14 @@ def combine(m: Match) -> Value:
     """The sum of rows that their product has stored by slot."""
     product = m["product"]
     out = f"{product.results[0].name}.by_slot"
-    rows = m.create("grouped_linear", *product.operands[:3], m["slot"], out=out, loc=product.loc)
+    operands = *product.operands[:3], m["slot"]
+    rows = m.create("grouped_linear", *operands, out=out, loc=product.loc, to=product.attrs["to"])
     (y,) = m.create("combine", rows, None, m["weights"], m["plus"], **m.root.attrs).op.results
     return y
 
 
 GATHERED = P.gather_rows("x", "slot", per_row=ANY).once().named("gather")
-PRODUCT = P.grouped_linear(GATHERED, "w", "off").named("product")
+PRODUCT = P.grouped_linear(GATHERED, "w", "off", to=ANY).named("product")
 
 WITH_SWIGLU: Rules = {
     "gather-swiglu": (
@@ -111,7 +133,7 @@ WITH_SWIGLU: Rules = {
         gather_swiglu,
     ),  # swiglu(grouped_linear(gather_rows(x))) -> gather_grouped_linear(x) {epilogue=swiglu}
     "swiglu": (
-        P.swiglu(P.gather_grouped_linear(..., per_row=ANY).once().named("product"), act=ANY).where(
+        P.swiglu(P.gather_grouped_linear(..., per_row=ANY, to=ANY).once().named("product"), act=ANY).where(
             known_dtype
         ),
         swiglu,
@@ -124,7 +146,7 @@ ALONE: Rules = {
     ),  # grouped_linear(gather_rows(x)) -> gather_grouped_linear(x)
     "combine": (
         P.combine(
-            P.grouped_linear("rows", "w", "off").once().named("product"),
+            P.grouped_linear("rows", "w", "off", to=ANY).once().named("product"),
             "slot",
             "weights",
             maybe("plus"),
@@ -143,9 +165,21 @@ ROUTING: Rules = {
 }
 
 
+QUANT: Rules = {
+    "quant": (
+        P.quant(
+            P.gather_grouped_linear(..., per_row=ANY, epilogue=ANY, act=ANY, to=ANY).once().named("product"),
+            block=ANY,
+            scale=ANY,
+        ).where(tiles_of_rows),
+        quant,
+    ),  # quant(gather_grouped_linear(x)) -> gather_grouped_linear(x) {quant=..}
+}
+
+
 @register
 class PermuteFusion(Pass):
-    """Gather into the experts' first product, SwiGLU into its epilogue; the second stores rows by slot."""
+    """Gather into the experts' first product, SwiGLU and quant behind it; the second stores rows by slot."""
 
     name = "permute-fusion"
     Options = Options
@@ -154,6 +188,7 @@ class PermuteFusion(Pass):
         # Whole chains first: a product whose swiglu fits would else be fused without it, then once more.
         changed = self.apply(module, WITH_SWIGLU)
         changed = self.apply(module, ALONE) or changed
+        changed = self.apply(module, QUANT) or changed
         if self.options.route_sort:
             changed = self.apply(module, ROUTING) or changed
         return changed

@@ -15,20 +15,36 @@ LEVELS = (0, 1, 2, 3)
 DEFAULT_LEVEL = 2
 
 
-def pipeline(level: int = DEFAULT_LEVEL, target: str = "cpu") -> list[Pass]:
-    """The passes of a level for a target (``cpu``, ``sm_90a``, ...). Raises BadOption for another level."""
+def pipeline(level: int = DEFAULT_LEVEL, target: str = "cpu", fp8: bool | str = False) -> list[Pass]:
+    """The passes of a level for a target (``cpu``, ``sm_90a``, ...), with ``fp8`` fp8-cast among them.
+
+    ``fp8`` is True, or a recipe and its options: ``per-row``, ``deepseek-v3{skip=[down_proj]}``,
+    ``block=64``. Raises BadOption for another level, or for what fp8-cast doesn't take.
+    """
     if level not in LEVELS:
         raise BadOption(f"-O {level}: the levels are {', '.join(map(str, LEVELS))}")
-    return [p for text in _pipeline(level, target) for p in parse_pipeline(text)]
+    return [p for text in _pipeline(level, target, fp8_pass(fp8)) for p in parse_pipeline(text)]
 
 
-def _pipeline(level: int, target: str) -> list[str]:
+def fp8_pass(fp8: bool | str) -> list[str]:
+    """fp8-cast as text, where ``fp8`` asks for it."""
+    if isinstance(fp8, bool):
+        return ["fp8-cast"] * fp8
+    recipe, brace, options = fp8.strip().partition("{")
+    if brace:
+        options = options.removesuffix("}")
+    elif "=" in recipe:
+        recipe, options = "", recipe
+    return [f"fp8-cast{{{','.join(filter(None, (recipe and f'recipe={recipe}', options)))}}}"]
+
+
+def _pipeline(level: int, target: str, fp8: list[str]) -> list[str]:
     if level == 0:
-        return []
+        return fp8
     # Last: which kernel and which buffer.
     last = ["select", "plan"]
     if level == 1:
-        return ["canonicalise", *last]
+        return ["canonicalise", *fp8, *last]
     return [
         # Shapes as the rules below expect them.
         "canonicalise",
@@ -37,8 +53,8 @@ def _pipeline(level: int, target: str) -> list[str]:
         "mla-absorb",
         *(["merge-projections"] if target != "cpu" else []),
         "canonicalise",
-        # In which precision: fp8-cast from sm_89 on, where a recipe or the checkpoint asks for it.
-        # fp8-cast
+        # In which precision.
+        *fp8,
         # What is computed together: on GPUs, which pay for every trip to memory.
         *(["permute-fusion", "norm-fusion"] if target != "cpu" else []),
         *(["rope-cache-fusion"] if target != "cpu" else []),

@@ -22,20 +22,29 @@ from moec.config import BuildOptions
 @click.option("-p", "--passes", help="This pipeline instead, as 'canonicalise,expert-grouping'.")
 @click.option("--stop-after", help="End the pipeline after this pass: its name (the last of it) or number.")
 @click.option("--resume", type=click.Path(), help="Go on from this dump of SPEC, edited or not.")
+@click.option("--fp8", is_flag=True, help="Products in fp8, by the recipe of DeepSeek-V3.")
+@click.option("--fp8-recipe", help="--fp8 by another recipe, as per-row or 'deepseek-v3.1{skip=[o_proj]}'.")
 @click.option("--layers", help="Only the first N layers, or layers A-B.")
 @click.option("--cache", help="Folder of compiled kernels, kept between builds. Default: ~/.cache/moec.")
 @click.option("--weights", type=click.Path(path_type=Path), help="A folder of safetensors to check now.")
 @click.option("--force", is_flag=True, help="Replace an existing package.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
 def command(
-    spec: str, out: str | None, weights: Path | None, as_json: bool, force: bool, **given: Any
+    spec: str,
+    out: str | None,
+    weights: Path | None,
+    as_json: bool,
+    force: bool,
+    fp8: bool,
+    fp8_recipe: str | None,
+    **given: Any,
 ) -> None:
     """Compile SPEC into a package.
 
     SPEC is a preset (`moec list models`), a Hugging Face folder or its config.json, or a model of your own as
     FILE.py:NAME.
     """
-    options = BuildOptions.from_environment(**given, force=force or None)
+    options = BuildOptions.from_environment(**given, force=force or None, fp8=fp8_recipe or fp8 or None)
     start = time.perf_counter()
     with ui.status(f"building {spec}") as say:
         from moec.driver import build

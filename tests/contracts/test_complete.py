@@ -25,7 +25,7 @@ def test_a_pass_is_documented_and_has_goldens(name: str) -> None:
     goldens = {p.name for p in (ROOT / "tests" / "passes" / "golden").glob("*.moec")}
     used = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests" / "passes").glob("test_*.py"))
     assert goldens and f'"{name}"' in used, f"no test in tests/passes runs {name}"
-    pipelines = [pipeline(level, target) for level in (1, 2, 3) for target in TARGETS]
+    pipelines = [pipeline(level, target, fp8=True) for level in (1, 2, 3) for target in TARGETS]
     assert name in {p.name for passes in pipelines for p in passes}, f"no pipeline has {name}"
     assert f"`{name}`" in (ROOT / "README.md").read_text(encoding="utf-8"), f"README.md doesn't list {name}"
 

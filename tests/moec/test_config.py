@@ -29,6 +29,8 @@ VARIABLES: list[tuple[str, str, str, Any, Any]] = [
     ("MOEC_DTYPE", "bf16", "dtype", "bf16", "f32"),
     ("MOEC_OPT", "0", "opt_level", 0, 3),
     ("MOEC_PASSES", "canonicalise", "passes", "canonicalise", "expert-grouping"),
+    ("MOEC_FP8", "1", "fp8", True, "per-row"),
+    ("MOEC_FP8", "per-row{skip=[o_proj]}", "fp8", "per-row{skip=[o_proj]}", True),
     ("MOEC_CACHE", "kernels", "cache", "kernels", "others"),
     ("MOEC_INTERPRET", "1", "interpret", True, False),
 ]
@@ -68,6 +70,8 @@ def test_every_variable_is_tested_and_every_option_documented() -> None:
         ({}, {"target": 3}, "target is 3"),
         ({}, {"passes": ["a"]}, "passes is"),
         ({}, {"layers": 3}, "layers is 3"),
+        ({}, {"fp8": 3}, "fp8 is 3"),
+        ({}, {"fp8": True, "passes": "canonicalise"}, "write it yourself"),
     ],
 )
 def test_values_out_of_range(environment: dict[str, str], given: dict[str, Any], words: str) -> None:
