@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moec.ir import Function, Module, Op, TensorType, Value
+from moec.ir.builder import stem
 from moec.ir.op import OpResult
 from moec.ir.ops.scaled import scaled_tensor
 from moec.ir.types import Dim
@@ -81,7 +82,7 @@ class Quantiser:
 
     def _quant(self, value: Value, block: tuple[int, ...]) -> Value:
         attrs = {"block": block, "scale": self.scale}
-        name = value.name.removesuffix(".weight").rpartition(".")[2].strip("*").lstrip("0123456789") or "w"
+        name = stem(value.name).removesuffix(".weight").rpartition(".")[2].lstrip("*0123456789") or "w"
         return emit(self.module, self.holder, "quant", [value], attrs, f"{name}.q").results[0]
 
     def _emit(self, name: str, operands: Sequence[Value], like: Op, out: str) -> tuple[OpResult, ...]:

@@ -25,28 +25,39 @@ def _shown(block: tuple[int, ...]) -> str:
 
 def spread(scale: str, q: str, type: TensorType) -> str:
     """An expression for the scale of each element of ``q``, or something that broadcasts to it."""
-    block = type.scale or ()
-    for axis, size in zip(range(-len(block), 0), block, strict=True):
-        if size > 1:
+    cut = []
+    for axis, size, dim in _axes(type, type.scale or ()):
+        whole = size == 1 or _one_block(dim, size)
+        if not whole:
             scale += f".repeat_interleave({size}, dim={axis})"
-            dim = type.shape[axis]
-            if not isinstance(dim, int) or dim % size:
-                scale += f".narrow({axis}, 0, {q}.shape[{axis}])"
-    return scale
+        if whole or (isinstance(dim, int) and dim % size == 0):
+            cut.append(":")
+        else:
+            cut.append(f":{dim}" if isinstance(dim, int) else f": {q}.shape[{axis}]")
+    return scale if set(cut) <= {":"} else f"{scale}[..., {', '.join(cut)}]"
+
+
+def _axes(type: TensorType, block: tuple[int, ...]) -> list[tuple[int, int, Any]]:
+    """(axis from the end, size of its blocks, its length)."""
+    return [(i - len(block), size, type.shape[i - len(block)]) for i, size in enumerate(block)]
+
+
+def _one_block(dim: Any, size: int) -> bool:
+    return size == 0 or (isinstance(dim, int) and 0 < dim <= size)
 
 
 def _maxima(type: TensorType, block: tuple[int, ...]) -> list[str]:
     """Statements that turn ``amax``, of each element, into that of each block."""
     lines = []
-    for axis, size in zip(range(-len(block), 0), block, strict=True):
-        dim = type.shape[axis]
+    for axis, size, dim in _axes(type, block):
         pad = "0, 0, " * (-axis - 1)
-        if size == 0:
+        if _one_block(dim, size):
             source = "amax" if isinstance(dim, int) and dim else f"F.pad(amax, ({pad}0, 1))"  # may be empty
             lines.append(f"amax = {source}.amax({axis}, keepdim=True)")
         elif size > 1:
             whole = isinstance(dim, int) and dim % size == 0
-            source = "amax" if whole else f"F.pad(amax, ({pad}0, -amax.shape[{axis}] % {size}))"
+            short = -dim % size if isinstance(dim, int) else f"-amax.shape[{axis}] % {size}"
+            source = "amax" if whole else f"F.pad(amax, ({pad}0, {short}))"
             lines.append(f"amax = {source}.unflatten({axis}, (-1, {size})).amax({axis})")
     return lines
 
