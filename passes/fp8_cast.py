@@ -33,8 +33,6 @@ from moec.passes.cleanup import drop_dead_ops
 from moec.passes.fp8_recipes import Options, Skips
 from moec.passes.fp8_weights import Quantiser, all_native, is_native
 from moec.passes.loading import (
-    Callers,
-    all_callers,
     bind,
     bound_outside,
     drop_dead_bindings,
@@ -117,7 +115,6 @@ class FP8Cast(Pass):
 
     def run(self, module: Module) -> bool:
         self.recipe = self.options.chosen
-        self._callers: Callers = all_callers(module)
         self._skips = Skips(module, self.recipe.skip)
         self._skips.check()
         self._native = any(op.name == "scaled" for f in module for op in f.ops_named("scaled"))
@@ -160,7 +157,7 @@ class FP8Cast(Pass):
         value = self._loaded(m, w)
         if pattern := self._skips.covers(m.function, w, value):
             return f"skip={pattern} keeps {w.text}"
-        if why := bound_outside(m.module, m.function.name, w.name, self._callers):
+        if why := bound_outside(m.module, m.function.name, w.name):
             return why
         if self._native and self.recipe.plain == "keep" and (value is None or not all_native(value)):
             part = " in part" if is_native(value) else ""

@@ -23,8 +23,8 @@ F8 = DTYPES["f8e4m3"]
 BAD = [float("nan"), float("inf"), -float("inf"), 0.0, 1e30]
 
 
-def bits(x: torch.Tensor) -> list[int]:
-    return x.contiguous().view(torch.uint8).flatten().tolist()
+def bits(x: torch.Tensor) -> tuple[tuple[int, ...], list[int]]:
+    return tuple(x.shape), x.flatten().contiguous().view(torch.uint8).tolist() if x.numel() else []
 
 
 @given(
