@@ -98,7 +98,7 @@ def test_options_reach_the_build(cli: Cli, tmp_path: Path, monkeypatch: pytest.M
     assert passes_run(tmp_path / "environment") == []
     manifest = build("given", "-O1", "--dtype", "bf16")
     assert (manifest["dtype"], manifest["options"]["opt_level"]) == ("bf16", 1)
-    assert passes_run(tmp_path / "given") == ["canonicalise", "select"]
+    assert passes_run(tmp_path / "given") == ["canonicalise", "select", "plan"]
     manifest = build("pipeline", "-p", "expert-grouping,canonicalise")
     assert passes_run(tmp_path / "pipeline") == ["expert-grouping", "canonicalise"]
     monkeypatch.setenv("MOEC_PASSES", "canonicalise,canonicalise")
