@@ -8,7 +8,9 @@ from typing import Any
 
 from moec import codegen, models, passes
 from moec.codegen.package import caches
+from moec.config import BuildOptions
 from moec.costs import entries
+from moec.driver import pipeline_of
 from moec.errors import BadOption
 from moec.ir import Module, read_module
 from moec.ir.cost import active_parameters, parameter_bytes, parameters
@@ -20,7 +22,14 @@ from moec.ir.types import DTYPES
 
 
 def compared(
-    spec: str, device: Device, routing: Routing, *, context: int, batch: int, dtype: str | None = None
+    spec: str,
+    device: Device,
+    routing: Routing,
+    *,
+    context: int,
+    batch: int,
+    dtype: str | None = None,
+    fp8: bool = False,
 ) -> dict[str, Any]:
     """The figures of one model, decoding ``batch`` sequences of ``context`` entries each on ``device``.
 
@@ -33,7 +42,7 @@ def compared(
 
     Raises BadOption for what isn't a whole model, or has no room for the context.
     """
-    name, naive, optimised, most = _modules(spec, device.name, dtype)
+    name, naive, optimised, most = _modules(spec, device.name, dtype, fp8)
     if "step" not in naive or "head" not in naive:
         raise BadOption(f"{spec} is a part of a model: it has no step and head to compare")
     if most is not None and context > most:
@@ -66,13 +75,13 @@ def compared(
     }
 
 
-def _modules(spec: str, target: str, dtype: str | None) -> tuple[str, Module, Module, int | None]:
+def _modules(spec: str, target: str, dtype: str | None, fp8: bool) -> tuple[str, Module, Module, int | None]:
     """Name, naive and optimised IR of a spec or a package, and the longest sequence that it takes."""
     if (Path(spec) / "manifest.json").is_file():
         from moec.runtime.package import read_manifest
 
-        if dtype is not None:
-            raise BadOption(f"--dtype is for a spec: {spec} is built")
+        if dtype is not None or fp8:
+            raise BadOption(f"--dtype and --fp8 are for a spec: {spec} is built")
         manifest = read_manifest(Path(spec))
         dumps = sorted((Path(spec) / "ir").glob("*.moec"))
         most: int | None = manifest["max_positions"]
@@ -83,7 +92,8 @@ def _modules(spec: str, target: str, dtype: str | None) -> tuple[str, Module, Mo
     naive = models.lower(model)
     naive.target = codegen.target(target).name
     optimised = naive.clone()
-    passes.PassManager(passes.pipeline(target=naive.target)).run(optimised)
+    options = BuildOptions(target=naive.target, fp8=fp8)
+    passes.PassManager(pipeline_of(options)).run(optimised)
     return model.name, naive, optimised, model.max_positions
 
 

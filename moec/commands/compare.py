@@ -16,6 +16,7 @@ from moec.errors import BadOption
 @click.option("--batch", default=1, show_default=True, help="Sequences that decode together.")
 @click.option("--target", default="sm_90a", show_default=True, help="The device that decodes.")
 @click.option("--dtype", help="f32, bf16 or f16; the models' own by default.")
+@click.option("--fp8", is_flag=True, help="Products in fp8, as `moec build --fp8`.")
 @click.option("--routing", default="uniform", show_default=True, help="Or zipf:S, or FILE.npy.")
 @click.option("--figures", default="", help="Other figures of the device, as 'bandwidth=3.35e12'.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
@@ -25,6 +26,7 @@ def command(
     batch: int,
     target: str,
     dtype: str | None,
+    fp8: bool,
     routing: str,
     figures: str,
     as_json: bool,
@@ -47,13 +49,14 @@ def command(
     with ui.status("comparing") as say:
         for spec in specs:
             say(spec)
-            found.append(compared(spec, device, assumed, context=context, batch=batch, dtype=dtype))
+            how = {"context": context, "batch": batch, "dtype": dtype, "fp8": fp8}
+            found.append(compared(spec, device, assumed, **how))
     if as_json:
-        head = {"device": device.name, "context": context, "batch": batch, "routing": routing}
+        head = {"device": device.name, "context": context, "batch": batch, "routing": routing, "fp8": fp8}
         ui.emit_json({**head, "models": found})
         return
     click.echo(
-        f"context {context}, batch {batch}, routing {routing}; "
+        f"context {context}, batch {batch}, routing {routing}{', fp8' if fp8 else ''}; "
         f"{device.name}, {device.stands_for}, {device.bandwidth / 1e12:g} TB/s"
     )
     rows = [[label, *(show(model) for model in found)] for label, show in ROWS]

@@ -25,6 +25,7 @@ from moec.errors import BadOption, NotAPackage, nearest
 @click.option(
     "--target", help="Of a spec with -O, and of --cost: the device. Default: the IR's own, else cpu."
 )
+@click.option("--fp8", is_flag=True, help="Of a spec with -O: products in fp8, as `moec build --fp8`.")
 @click.option("--cost", "cost", is_flag=True, help="What each op takes instead, as formulas or with --at.")
 @click.option("--memory", "memory", is_flag=True, help="What a step holds at most instead, and where.")
 @click.option("--at", help="Of both: sizes, as 'T=4096,S=8192,B=1'; T new tokens, S cached, B sequences.")
@@ -40,6 +41,7 @@ def command(
     plain: bool,
     opt_level: int | None,
     target: str | None,
+    fp8: bool,
     cost: bool,
     memory: bool,
     as_json: bool,
@@ -61,7 +63,7 @@ def command(
         raise click.UsageError("--figures and --tile are for --cost")
     if cost == memory and (as_json or how["at"] is not None or cost):
         raise click.UsageError("--at and --json are for one of --cost and --memory")
-    module = ir_of(what, which, opt_level, target)
+    module = ir_of(what, which, opt_level, target, fp8)
     if memory:
         from moec.commands import memory as plans
 
@@ -81,7 +83,7 @@ def command(
         click.echo(print_function(module[name.removeprefix("@")], module, derived=not plain))
 
 
-def ir_of(what: str, which: str | None, opt_level: int | None, target: str | None) -> Any:
+def ir_of(what: str, which: str | None, opt_level: int | None, target: str | None, fp8: bool = False) -> Any:
     """The module of a package (its dump ``which``, the last by default), a .moec file or a spec."""
     path = Path(what)
     package = is_package(path)
@@ -89,6 +91,8 @@ def ir_of(what: str, which: str | None, opt_level: int | None, target: str | Non
         raise BadOption(f"--pass picks one of a package's dumps, and {what} is no package")
     if opt_level is not None and (package or path.suffix == ".moec"):
         raise BadOption(f"-O is for a spec: the passes over {what} have run")
+    if fp8 and opt_level is None:
+        raise BadOption("--fp8 goes with -O: the naive IR has no quantised products")
     from moec.ir import read_module
 
     if package:
@@ -104,10 +108,12 @@ def ir_of(what: str, which: str | None, opt_level: int | None, target: str | Non
         raise NotAPackage(f"{what} is a folder with no package and no config.json in it")
     module = models.lower(models.resolve(what))
     if opt_level is not None:
-        from moec import codegen, passes
+        from moec import codegen, driver, passes
+        from moec.config import BuildOptions
 
         module.target = codegen.target(target or "cpu").name
-        passes.PassManager(passes.pipeline(opt_level, module.target)).run(module)
+        options = BuildOptions(target=module.target, opt_level=opt_level, fp8=fp8)
+        passes.PassManager(driver.pipeline_of(options)).run(module)
     return module
 
 

@@ -166,6 +166,45 @@ def test_the_traffic_of_v3_s_moe_layer_in_bf16() -> None:
     assert layer_bytes("canonicalise,expert-grouping", t) == pytest.approx(sum(by_hand), rel=1e-9)
 
 
+def test_the_traffic_of_v3_s_moe_layer_in_fp8() -> None:
+    """12.9 GB: fp8 values with a scale for 128 of them; no gathered copy, gate and up never stored."""
+    t, h, e, i, rows = 4096, 7168, 256, 2048, 8 * 4096
+    off, scaled = 4 * (e + 1), 1 + 4 / 128  # bytes of a value with its share of a scale
+
+    def weight(n: int, k: int) -> int:
+        return n * k + 4 * (n // 128) * (k // 128)
+
+    by_hand = {
+        "logits": 2 * t * h + 2 * e * h + 4 * t * e,
+        "route and sort": 4 * t * e + 4 * e + 8 * rows + 8 * rows + off,
+        "quant": 2 * t * h + t * h * scaled,
+        "gate, up, swiglu, quant": t * h * scaled + e * weight(2 * i, h) + 4 * rows + off + rows * i * scaled,
+        "down": rows * i * scaled + e * weight(h, i) + off + 4 * rows + 2 * rows * h,
+        "shared gate and up": t * h * scaled + weight(2 * i, h) + 2 * t * 2 * i,
+        "shared swiglu, quant": 2 * t * 2 * i + 2 * t * i + 2 * t * i + t * i * scaled,
+        "shared down": t * i * scaled + weight(h, i) + 2 * t * h,
+        "combine": 2 * rows * h + 4 * rows + 2 * t * h + 2 * t * h,
+    }
+    assert by_hand["quant"] / 1e6 == pytest.approx(89.0, abs=0.05)
+    assert by_hand["gate, up, swiglu, quant"] / 1e9 == pytest.approx(7.62, abs=0.005)
+    assert by_hand["down"] / 1e9 == pytest.approx(4.30, abs=0.005)
+    assert sum(by_hand.values()) / 1e9 == pytest.approx(12.9, abs=0.05)
+    passes = "canonicalise,expert-grouping,canonicalise,fp8-cast,permute-fusion"
+    assert layer_bytes(passes, t) == pytest.approx(sum(by_hand.values()), rel=1e-9)
+
+
+def test_fp8_halves_what_decoding_reads(found: dict[str, Any]) -> None:
+    """All linear weights but the gates and the head are quantised; so are none of the cache's entries."""
+    model = compared("deepseek-v3", H100, Uniform(), context=CONTEXT, batch=1, fp8=True)
+    total, active, embedding, elements, _ = HAND["deepseek-v3"]
+    assert (model["weights"], model["weights_active"]) == (total, active)
+    kept = 2 * (58 * 256 * 7168 + 129280 * 7168)  # gates and head, bf16
+    quantised = active - embedding - kept // 2
+    least = kept + quantised + 2 * elements * CONTEXT
+    assert least < model["decode"]["bytes"] < 1.1 * least
+    assert model["flops_per_token"] == pytest.approx(found["deepseek-v3"]["flops_per_token"], rel=2e-3)
+
+
 def test_the_table_and_the_json(cli: Cli) -> None:
     out = cli("compare", "deepseek-v3", "deepseek-v2", "--context", "4096").out
     lines = {" ".join(line.split()[:-2]): line.split()[-2:] for line in out.splitlines() if line.split()[2:]}
