@@ -49,7 +49,7 @@ def command(
     with ui.status("comparing") as say:
         for spec in specs:
             say(spec)
-            how = {"context": context, "batch": batch, "dtype": dtype, "fp8": fp8}
+            how: dict[str, Any] = {"context": context, "batch": batch, "dtype": dtype, "fp8": fp8}
             found.append(compared(spec, device, assumed, **how))
     if as_json:
         head = {"device": device.name, "context": context, "batch": batch, "routing": routing, "fp8": fp8}
