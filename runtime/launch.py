@@ -206,7 +206,8 @@ class Kernel:
     def _interpret(
         self, variant: str, blocks: tuple[int, int, int], arguments: Arguments, args: Sequence[Any]
     ) -> None:
-        require_interpreter(self.name)
+        fp8 = any("fp8" in kind for kind in arguments.kinds)
+        require_interpreter(self.name, "f8e4m3" if fp8 else "")
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         values = {

@@ -10,7 +10,8 @@ TRITON_INTERPRET=1 from the process's start, tensors on the CPU run the GPU's ke
 
 Common to all:
 
-* x, w13 and w2 share one dtype: bfloat16, float16 or float32. Products are summed in fp32.
+* x, w13 and w2 share one dtype: bfloat16, float16 or float32. Products are summed in fp32. With scales the
+  weights are float8_e4m3fn.
 * Routing weights and what passes between tokens may have any strides. On a GPU, and in the interpreter, w13
   and w2 must be contiguous: they are never copied.
 * A choice of no expert here (an id below 0 or past the last one, an id outside ``expert_range``) contributes
@@ -50,6 +51,9 @@ def fused_experts(
     activation: str = "swiglu",
     limit: float | None = None,
     expert_range: ExpertRange | None = None,
+    w13_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """y[t] = Σ_j topk_weights[t, j] · expert_{topk_ids[t, j]}(x[t]), plus shared[t]: [T, H] in x's dtype.
@@ -66,13 +70,19 @@ def fused_experts(
     limit         gate is clamped to at most this and up to ± this before the activation (DeepSeek V4)
     expert_range  (first, end), or ``range(first, end)``: topk_ids number the experts of all ranks, w13 and w2
                   hold these; the result is this rank's part of the sum
+    w13_scale     float32, makes w13 float8_e4m3fn: a weight is its value times the scale of its block of
+                  128 x 128 [E, ceil(2·I/128), ceil(H/128)], its row [E, 2·I, 1] or its expert [E, 1, 1].
+                  Both products are of fp8 then: x and what lies between them get scales for blocks of 1 x 128
+    w2_scale      the same of w2
+    x_scale       [T, ceil(H/128)] float32: x is float8_e4m3fn already, and what has x's dtype is bfloat16
     out           [T, H] in x's dtype, receives the result and is returned; it may be x
 
     Raises BadInput; DeviceUnavailable for a device that nothing is built for; InterpreterOff; on a GPU
     Misaligned, for x, shared or weights that don't start at a multiple of 16 bytes.
     """
     first = _first_expert(expert_range, w13)
-    arguments = (x, w13, w2, topk_weights, topk_ids, shared, activation, limit, first)
+    scales = (w13_scale, w2_scale, x_scale)
+    arguments = (x, w13, w2, topk_weights, topk_ids, shared, activation, limit, first, *scales)
     if out is None:
         result: Tensor = torch.ops.moec.fused_experts(*arguments)
         return result

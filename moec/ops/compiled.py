@@ -20,13 +20,14 @@ from moec import __version__
 from moec.config import BuildOptions
 from moec.errors import DeviceUnavailable
 from moec.ir import Builder, DType, Function, Module, TensorType, Value
-from moec.ir.types import as_dim, i32, symbol
+from moec.ir.types import as_dim, f32, i32, symbol
 from moec.ops.inputs import ACTIVATIONS
 from moec.runtime.devices import FAMILIES
 from moec.runtime.launch import preload
 from moec.runtime.package import Package
 from moec.runtime.triton_mode import require_interpreter
 
+ROWS = (1, 128)  # the blocks of activations in fp8
 INTERPRETED = "sm_90a"  # whose kernels Triton's interpreter runs
 Compiled = Callable[..., Any]
 
@@ -53,6 +54,8 @@ class Key:
     limit: float | None = None
     plus: torch.dtype | None = None
     first: int = 0
+    blocks: tuple[tuple[int, int], ...] = ()  # of w13's and w2's scales, where they are fp8
+    scaled_x: bool = False
 
 
 _functions: dict[Key, Compiled] = {}
@@ -168,6 +171,34 @@ def fused(b: Builder, key: Key) -> tuple[Value, ...]:
     return (b.combine(down, slot, kept, shared, out="y"),)
 
 
+def fused_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
+    """(x, w13, w2, weights, ids[, shared], w13_scale, w2_scale[, x_scale]) -> y: the same, in fp8.
+
+    What enters a product is quantised as DeepSeek-V3 does it, 1 x 128.
+    """
+    floats = b.dtype
+    x = _argument(b, "x", "T", key.hidden, dtype=torch.float8_e4m3fn if key.scaled_x else None)
+    w13, w2 = _experts(b, key, torch.float8_e4m3fn)
+    weights, ids = _routing(b, key)
+    shared = _argument(b, "shared", "T", key.hidden, dtype=key.plus) if key.plus else None
+    w13, w2 = (
+        _scaled(b, w, name, block)
+        for w, name, block in zip((w13, w2), ("w13", "w2"), key.blocks, strict=True)
+    )
+    xq = _scaled(b, x, "x", ROWS) if key.scaled_x else b.quant(x, block=ROWS, out="x.q")
+    here = {"first": key.first, "experts": key.experts}
+    kept, local = b.local_experts(weights, ids, out=("kept", "local"), **here)
+    slot, off = b.sort_by_expert(local, experts=key.experts, out=("slot", "off"))
+    gathered = {"per_row": key.k, "act": ACTIVATIONS[key.activation], "epilogue": "swiglu"}
+    if key.limit is None:
+        h = b.gather_grouped_linear(xq, w13, slot, off, **gathered, quant=ROWS, out="h")
+    else:  # what is clamped between is no epilogue
+        gate_up = b.gather_grouped_linear(xq, w13, slot, off, per_row=key.k, to=floats, out="gate_up")
+        h = b.quant(_activate(b, key, gate_up), block=ROWS, out="h.q")
+    down = b.grouped_linear(h, w2, off, slot, to=floats, out="down")
+    return (b.combine(down, None, kept, shared, out="y"),)
+
+
 def grouped(b: Builder, key: Key) -> tuple[Value, ...]:
     """(x, off, w13, w2) -> y: ``moec.ops.grouped_experts``."""
     x = b.function.add_argument("x", TensorType(b.dtype, (symbol("R"), key.hidden), key.experts))
@@ -198,6 +229,7 @@ def end(b: Builder, key: Key) -> tuple[Value, ...]:
 
 FORMS: dict[str, Callable[[Builder, Key], tuple[Value, ...]]] = {
     "fused": fused,
+    "fused_fp8": fused_fp8,
     "grouped": grouped,
     "begin": begin,
     "end": end,
@@ -224,9 +256,17 @@ def _activate(b: Builder, key: Key, gate_up: Value) -> Value:
     return h
 
 
-def _experts(b: Builder, key: Key) -> tuple[Value, Value]:
-    w13 = _argument(b, "w13", key.experts, key.width, key.hidden)
-    return w13, _argument(b, "w2", key.experts, key.hidden, key.width // 2)
+def _experts(b: Builder, key: Key, dtype: torch.dtype | None = None) -> tuple[Value, Value]:
+    w13 = _argument(b, "w13", key.experts, key.width, key.hidden, dtype=dtype)
+    return w13, _argument(b, "w2", key.experts, key.hidden, key.width // 2, dtype=dtype)
+
+
+def _scaled(b: Builder, q: Value, name: str, block: tuple[int, int]) -> Value:
+    """``q`` with an argument for its scales."""
+    shape = q.type.with_(scale=block).scale_shape  # type: ignore[union-attr]
+    scale = b.function.add_argument(f"{name}_scale", TensorType(f32, shape))
+    value: Value = b.scaled(q, scale, block=block, out=f"{name}.q")
+    return value
 
 
 def _routing(b: Builder, key: Key) -> tuple[Value, Value]:

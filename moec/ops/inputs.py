@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moec.errors import BadInput
 
+E4M3 = torch.float8_e4m3fn
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
 # An activation's name outside, and that of the IR's swiglu.
@@ -39,19 +40,67 @@ def want(name: str, tensor: Tensor, shape: Sequence[Any], meaning: str, *dtypes:
         raise BadInput(f"{name} must be {names} {meaning} = [{sizes}], not {describe(tensor)}")
 
 
-def check_experts(x: Tensor, w13: Tensor, w2: Tensor, contiguous: bool, name: str = "x") -> None:
-    """x [*, H], w13 [E, 2·I, H] and w2 [E, H, I] of one dtype. Raises BadInput."""
-    want(name, x, (None, None), "[T, H]" if name == "x" else "[R, H]", *FLOATS)
+def check_experts(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    contiguous: bool,
+    name: str = "x",
+    floats: Sequence[torch.dtype] = FLOATS,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """x [*, H], w13 [E, 2·I, H] and w2 [E, H, I] of ``dtype``, by default x's own. Raises BadInput."""
+    dtype = dtype or x.dtype
+    want(name, x, (None, None), "[T, H]" if name == "x" else "[R, H]", *floats)
     hidden = x.shape[1]
     if hidden < 1:
         raise BadInput(f"{name} has no columns: {describe(x)}")
-    want("w13", w13, (None, None, hidden), "[E, 2·I, H]", x.dtype)
+    want("w13", w13, (None, None, hidden), "[E, 2·I, H]", dtype)
     experts, width = w13.shape[0], w13.shape[1]
     if experts < 1 or width < 2 or width % 2:
         raise BadInput(f"w13 must hold as many up rows as gate rows, of one expert or more: {describe(w13)}")
-    want("w2", w2, (experts, hidden, width // 2), "[E, H, I]", x.dtype)
+    want("w2", w2, (experts, hidden, width // 2), "[E, H, I]", dtype)
     check_layout("w13", w13, contiguous)
     check_layout("w2", w2, contiguous)
+
+
+def check_scaled_experts(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    contiguous: bool,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    x_scale: Tensor | None,
+) -> None:
+    """As ``check_experts``, of experts in e4m3, and all scales. Raises BadInput."""
+    floats = FLOATS if x_scale is None else [E4M3]
+    check_experts(x, w13, w2, contiguous, floats=floats, dtype=E4M3)
+    for name, w, scale in (("w13_scale", w13, w13_scale), ("w2_scale", w2, w2_scale)):
+        if scale is None:
+            raise BadInput(f"{name} is missing: {name.removesuffix('_scale')} is {describe(w)}")
+        scale_block(name, w, scale)
+    if x_scale is not None:
+        want("x_scale", x_scale, (x.shape[0], -(-x.shape[1] // 128)), "[T, ceil(H / 128)]", torch.float32)
+
+
+def scale_block(name: str, w: Tensor, scale: Tensor) -> tuple[int, int]:
+    """What of each of the matrices w [E, N, K] shares a scale, 0 being all: told by the scales' shape.
+
+    Raises BadInput for one that is none of blocks', rows' or matrices'.
+    """
+    experts, rows, columns = w.shape
+    shapes = {
+        (128, 128): (experts, -(-rows // 128), -(-columns // 128)),
+        (1, 0): (experts, rows, 1),
+        (0, 0): (experts, 1, 1),
+    }
+    for block, shape in shapes.items():
+        if tuple(scale.shape) == shape and scale.dtype == torch.float32:
+            return block
+    of = ("128 x 128 blocks", "rows", "whole experts")
+    known = ", ".join(f"{list(shape)} ({what})" for shape, what in zip(shapes.values(), of, strict=True))
+    raise BadInput(f"{name} must be float32, one of {known}, not {describe(scale)}")
 
 
 def check_layout(name: str, w: Tensor, contiguous: bool) -> None:
@@ -60,12 +109,20 @@ def check_layout(name: str, w: Tensor, contiguous: bool) -> None:
         raise BadInput(f"{name} must be contiguous here, but {describe(w)} has strides {list(w.stride())}")
 
 
-def check_routing(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
-    """topk_weights and topk_ids [T, k]. Raises BadInput."""
+def check_routing(
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """topk_weights (float32 or ``dtype``, by default x's) and topk_ids [T, k]. Raises BadInput."""
     want("topk_ids", topk_ids, (x.shape[0], None), "[T, k]", *INTEGERS)
     if topk_ids.shape[1] < 1:
         raise BadInput(f"topk_ids must name an expert a token or more, not {describe(topk_ids)}")
-    want("topk_weights", topk_weights, topk_ids.shape, "[T, k]", *dict.fromkeys((torch.float32, x.dtype)))
+    want(
+        "topk_weights",
+        topk_weights,
+        topk_ids.shape,
+        "[T, k]",
+        *dict.fromkeys((torch.float32, dtype or x.dtype)),
+    )
 
 
 def check_activation(activation: str, limit: float | None) -> None:

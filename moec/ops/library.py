@@ -20,7 +20,8 @@ Op = Callable[..., Any]
 
 _ROUTING = "Tensor topk_weights, Tensor topk_ids"
 _ACTIVATION = "str activation, float? limit"
-_FUSED = f"Tensor x, Tensor w13, Tensor w2, {_ROUTING}, Tensor? shared, {_ACTIVATION}, int first"
+_SCALES = "Tensor? w13_scale, Tensor? w2_scale, Tensor? x_scale"
+_FUSED = f"Tensor x, Tensor w13, Tensor w2, {_ROUTING}, Tensor? shared, {_ACTIVATION}, int first, {_SCALES}"
 _GROUPED = f"Tensor x_sorted, Tensor off, Tensor w13, Tensor w2, {_ACTIVATION}"
 _BEGIN = f"Tensor x, Tensor w, {_ROUTING}"
 _END = "Tensor h, Tensor w2, Tensor topk_weights, Tensor slot, Tensor off, Tensor? plus"
@@ -69,12 +70,22 @@ def _check_fused(
     shared: Tensor | None,
     activation: str,
     limit: float | None,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    x_scale: Tensor | None,
 ) -> None:
-    inputs.check_experts(x, w13, w2, _contiguous(x))
-    inputs.check_routing(x, topk_weights, topk_ids)
-    inputs.check_like("shared", shared, x)
+    scales = {"w13_scale": w13_scale, "w2_scale": w2_scale, "x_scale": x_scale}
+    if any(scale is not None for scale in scales.values()):
+        inputs.check_scaled_experts(x, w13, w2, _contiguous(x), **scales)
+    else:
+        inputs.check_experts(x, w13, w2, _contiguous(x))
+    dtype = _result(x)
+    inputs.check_routing(x, topk_weights, topk_ids, dtype)
+    if shared is not None:
+        inputs.want("shared", shared, x.shape, "like x", dtype)
     inputs.check_activation(activation, limit)
-    inputs.check_devices(x=x, w13=w13, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids, shared=shared)
+    given = {"topk_weights": topk_weights, "topk_ids": topk_ids, "shared": shared}
+    inputs.check_devices(x=x, w13=w13, w2=w2, **given, **scales)
 
 
 def _fused(
@@ -87,11 +98,18 @@ def _fused(
     activation: str,
     limit: float | None,
     first: int,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    x_scale: Tensor | None,
 ) -> Tensor:
-    _check_fused(x, w13, w2, topk_weights, topk_ids, shared, activation, limit)
+    scales = w13_scale, w2_scale, x_scale
+    _check_fused(x, w13, w2, topk_weights, topk_ids, shared, activation, limit, *scales)
     inputs.check_count(topk_ids.numel())
+    blocks: tuple[tuple[int, int], ...] = ()
+    if w13_scale is not None and w2_scale is not None:
+        blocks = inputs.scale_block("w13_scale", w13, w13_scale), inputs.scale_block("w2_scale", w2, w2_scale)
     key = _key(
-        "fused",
+        "fused_fp8" if blocks else "fused",
         x,
         (w13.shape[0], w13.shape[2], w13.shape[1]),
         k=topk_ids.shape[1],
@@ -101,14 +119,16 @@ def _fused(
         limit=limit,
         plus=None if shared is None else shared.dtype,
         first=first,
+        blocks=blocks,
+        scaled_x=x_scale is not None,
     )
-    y: Tensor = _call(key, x, w13, w2, topk_weights, topk_ids, shared)
+    y: Tensor = _call(key, x, w13, w2, topk_weights, topk_ids, shared, *scales)
     return y
 
 
 def _fused_fake(x: Tensor, *rest: Any) -> Tensor:
-    _check_fused(x, *rest[:-1])
-    return x.new_empty(x.shape)
+    _check_fused(x, *rest[:7], *rest[8:])  # all but the first expert's number
+    return x.new_empty(x.shape, dtype=_result(x))
 
 
 def _check_grouped(
@@ -220,11 +240,16 @@ def _end_fake(
 
 
 # What they share.
+def _result(x: Tensor) -> torch.dtype:
+    """x's dtype; what is quantised already gives bfloat16."""
+    return torch.bfloat16 if x.dtype == inputs.E4M3 else x.dtype
+
+
 def _key(form: str, x: Tensor, sizes: tuple[int, int, int], **constants: Any) -> Key:
     """``sizes``: experts, hidden and width."""
     target, interpret = target_of(x.device)
     experts, hidden, width = sizes
-    return Key(form, target, interpret, x.dtype, experts, hidden, width, **constants)
+    return Key(form, target, interpret, _result(x), experts, hidden, width, **constants)
 
 
 def _contiguous(x: Tensor) -> bool:

@@ -15,6 +15,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from moec.runtime.triton_mode import WRONG
+
 TORCH = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -31,7 +33,8 @@ original = {
 
 
 def install() -> None:
-    """Replaces the interpreter's own, once and for all."""
+    """Replaces the interpreter's own, once and for all; what refused these dtypes takes them then."""
+    WRONG.clear()
     interpreter._convert_float = convert
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_dot = dot

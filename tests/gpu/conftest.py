@@ -12,7 +12,13 @@ import pytest
 import torch
 
 import moec
+from moec.runtime.triton_mode import interpreting
 from tests.gpu.device import Device
+
+if interpreting():  # a self-test's kernels compute as a GPU does
+    from tests.codegen import interpreter_casts
+
+    interpreter_casts.install()
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "triton", "cuda-core", "transformers")

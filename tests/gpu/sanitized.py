@@ -10,6 +10,7 @@ from moec.ops import fused_experts, grouped_experts
 from tests.gpu import reference
 from tests.gpu.device import Device
 from tests.moec.experts import close, layer
+from tests.moec.fp8_experts import BLOCKS, LEAST, FP8Layer, fp8_layer, ratio
 
 
 def main(device: Device) -> None:
@@ -25,6 +26,12 @@ def main(device: Device) -> None:
                 reference.grouped(one, one.x, off),
                 dtype,
             )
+    for block in BLOCKS:
+        for tokens in (1, 70):
+            one8 = fp8_layer(block, tokens=tokens, k=3, experts=8, hidden=136, width=36)
+            one8 = FP8Layer(*(t if t is None else t.to(device.type) for t in vars(one8).values()))
+            found = fused_experts(*one8.args, **one8.scales)
+            assert ratio(found, reference.experts(one8.meant())) > LEAST
 
 
 if __name__ == "__main__":

@@ -20,14 +20,16 @@ from moec.ops import compiled, fused_experts, grouped_experts
 from moec.ops.inputs import check_layout
 from moec.passes import PassManager, pipeline
 from tests.moec.experts import close, layer, loop, strided
+from tests.moec.fp8_experts import fp8_layer
 
 
 # As PyTorch operators.
 def operators() -> list[Any]:
     one = layer(experts=3)
     off = torch.tensor([0, 2, 2, 4], dtype=torch.int32)
-    fused = (*one.args, None, "swiglu", None, 0)
-    shared = (*one.args, torch.ones_like(one.x), "geglu", 0.5, 1)
+    unscaled = (None, None, None)
+    fused = (*one.args, None, "swiglu", None, 0, *unscaled)
+    shared = (*one.args, torch.ones_like(one.x), "geglu", 0.5, 1, *unscaled)
     grouped = (one.x, off, one.w13, one.w2, "swiglu", None)
     begin = (one.x, one.w13, one.weights, one.ids)
     _, weights, _, slot, off_of_slots = torch.ops.moec.experts_begin(*begin)
@@ -47,6 +49,14 @@ def operators() -> list[Any]:
 @pytest.mark.parametrize(("name", "args"), operators())
 def test_opcheck(name: str, args: tuple[Any, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.moec, name).default, args)
+
+
+def test_opcheck_in_fp8() -> None:
+    """Without the test that looks for changed arguments: PyTorch can't compare fp8."""
+    one = fp8_layer(scaled_x=True)
+    args = (*one.args, None, "swiglu", None, 0, *one.scales.values())
+    able = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.moec.fused_experts.default, args, test_utils=able)
 
 
 def test_torch_compile_takes_it_whole_for_any_number_of_tokens() -> None:

@@ -1,0 +1,93 @@
+"""A layer's experts in fp8, and what they mean in double precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.moec.experts import Layer, layer
+
+E4M3 = torch.float8_e4m3fn
+BLOCKS = ((128, 128), (1, 0), (0, 0))  # rows x columns of a matrix that share a scale; 0: all
+# Signal to noise in dB. Whatever lies between the products is rounded to e4m3: about 31 dB of it alone.
+LEAST = 27.0
+
+
+@dataclass
+class FP8Layer:
+    """Arguments of ``fused_experts``: ``args`` and ``scales``."""
+
+    x: Tensor
+    w13: Tensor
+    w2: Tensor
+    weights: Tensor
+    ids: Tensor
+    w13_scale: Tensor
+    w2_scale: Tensor
+    x_scale: Tensor | None = None
+
+    @property
+    def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.x, self.w13, self.w2, self.weights, self.ids
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        given = {"w13_scale": self.w13_scale, "w2_scale": self.w2_scale, "x_scale": self.x_scale}
+        return {name: scale for name, scale in given.items() if scale is not None}
+
+    def meant(self) -> Layer:
+        """The numbers that the quantised tensors stand for, in double precision; x rounded to e4m3."""
+        x, x_scale = (self.x, self.x_scale) if self.x_scale is not None else quantise(self.x, (1, 128))
+        return Layer(
+            spread(x, x_scale),
+            spread(self.w13, self.w13_scale),
+            spread(self.w2, self.w2_scale),
+            self.weights,
+            self.ids,
+        )
+
+
+def quantise(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """x [..., N, K] in e4m3, and the scales of blocks of its last two axes, by loops over the blocks."""
+    rows, columns = (size or x.shape[axis] for size, axis in zip(block, (-2, -1), strict=True))
+    q = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    counts = -(-x.shape[-2] // rows), -(-x.shape[-1] // columns)
+    scale = torch.empty(*x.shape[:-2], *counts, device=x.device)
+    for i in range(counts[0]):
+        for j in range(counts[1]):
+            here = ..., slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            part = x[here].float()
+            s = part.abs().amax((-2, -1)).clamp(min=1e-4) / 448
+            q[here] = (part / s[..., None, None]).clamp(-448, 448).to(E4M3)
+            scale[..., i, j] = s
+    return q, scale
+
+
+def spread(q: Tensor, scale: Tensor) -> Tensor:
+    """q times its block's scale; what a block is follows from how many scales there are."""
+    for axis in (-2, -1):
+        size = 128 if scale.shape[axis] == -(-q.shape[axis] // 128) and scale.shape[axis] > 1 else None
+        each = size or (1 if scale.shape[axis] == q.shape[axis] else q.shape[axis])
+        scale = scale.repeat_interleave(each, dim=axis).narrow(axis, 0, q.shape[axis])
+    return q.double() * scale
+
+
+def fp8_layer(
+    block: tuple[int, int] = (128, 128),
+    scaled_x: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **sizes: int,
+) -> FP8Layer:
+    sizes = {"tokens": 9, "k": 2, "experts": 4, "hidden": 256, "width": 128, **sizes}
+    one = layer(**sizes)
+    (w13, w13_scale), (w2, w2_scale) = quantise(one.w13, block), quantise(one.w2, block)
+    x, x_scale = quantise(one.x, (1, 128)) if scaled_x else (one.x.to(dtype), None)
+    return FP8Layer(x, w13, w2, one.weights, one.ids, w13_scale, w2_scale, x_scale)
+
+
+def ratio(found: Tensor, wanted: Tensor) -> float:
+    """Signal to noise in dB."""
+    noise = (found.double() - wanted.double()).square().sum()
+    return float(10 * (wanted.double().square().sum() / noise.clamp(min=1e-300)).log10())
