@@ -8,9 +8,10 @@ In the same run every implementation is compared with double precision (one that
 out), and the roofs are measured: bandwidth of a copy, FLOP/s of cuBLAS. A layer's floor is the larger of what
 its FLOPs and its bytes (chosen experts once, x, y, and what passes between the products) take at these.
 
-``make bench-gpu`` runs all of it, ``--quick`` two shapes, for a first look. ``--self-test`` runs every line
-but the graphs and events on a CPU, with tiny shapes: its times mean nothing. One JSON and one plot (where
-matplotlib is installed) go to ``benchmarks/results`` or ``--out``, and to the folder OUT of the environment.
+``make bench-gpu`` runs all of it, ``--quick`` two shapes, for a first look; ``--dtype fp8`` takes experts in
+fp8 with block scales, against those who have them. ``--self-test`` runs every line but the graphs and events
+on a CPU, with tiny shapes: its times mean nothing. One JSON and one plot (where matplotlib is there) go to
+``benchmarks/results`` or ``--out``, and to the folder OUT of the environment.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from gpu import report
-from gpu.peers import ADAPTERS, Adapter, first_line, installed
+from gpu.peers import ADAPTERS, FP8_ADAPTERS, Adapter, first_line, installed
 from gpu.problem import DTYPES, TOLERANCE, Inputs, Weights, difference, draw_inputs, draw_weights
 from gpu.self_test import STAND_INS
 from gpu.shapes import QUICK_SHAPES, QUICK_TOKENS, SELF_TEST_SHAPES, SELF_TEST_TOKENS, SHAPES, TOKENS, Shape
@@ -149,7 +150,8 @@ def folders(args: argparse.Namespace) -> list[Path]:
 def main() -> None:
     args = arguments()
     device = "cpu" if args.self_test else "cuda"
-    adapters, unavailable = installed(ADAPTERS | (STAND_INS if args.self_test else {}))
+    everybody = (FP8_ADAPTERS if args.dtype == "fp8" else ADAPTERS) | (STAND_INS if args.self_test else {})
+    adapters, unavailable = installed(everybody, DTYPES[args.dtype])
     if args.only:
         adapters = {name: adapters[name] for name in adapters if name in args.only}
         unavailable = {name: unavailable[name] for name in unavailable if name in args.only}

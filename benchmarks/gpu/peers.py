@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu.problem import Weights
+from gpu.problem import BLOCK, Weights, draw_weights
+from gpu.shapes import Shape
 from torch import Tensor
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -24,6 +25,13 @@ def moec(given: Weights, top_k: int) -> Experts:
     from moec.ops import fused_experts
 
     return lambda x, weights, ids: fused_experts(x, given.w13, given.w2, weights, ids)
+
+
+def moec_fp8(given: Weights, top_k: int) -> Experts:
+    from moec.ops import fused_experts
+
+    scales = {"w13_scale": given.w13_scale, "w2_scale": given.w2_scale}
+    return lambda x, weights, ids: fused_experts(x, given.w13, given.w2, weights, ids, **scales)
 
 
 def torch_grouped_mm(given: Weights, top_k: int) -> Experts:
@@ -99,6 +107,39 @@ def deep_gemm(given: Weights, top_k: int) -> Experts:
     return padded(given, top_k, product)
 
 
+def vllm_fp8(given: Weights, top_k: int) -> Experts:
+    """vLLM's Triton kernels for block scales; how these are given has changed between its versions."""
+    function = import_module("vllm.model_executor.layers.fused_moe").fused_experts
+    scales = {"w1_scale": given.w13_scale, "w2_scale": given.w2_scale, "block_shape": [BLOCK, BLOCK]}
+    try:
+        config = import_module("vllm.model_executor.layers.fused_moe.config").fp8_w8a8_moe_quant_config
+    except (ModuleNotFoundError, AttributeError):
+        how = {"use_fp8_w8a8": True, **scales}
+    else:
+        how = {"quant_config": config(**scales)}
+    return lambda x, weights, ids: function(x, given.w13, given.w2, weights, ids, **how)
+
+
+def sglang_fp8(given: Weights, top_k: int) -> Experts:
+    module = import_module("sglang.srt.layers.moe.fused_moe_triton.fused_moe")
+    scales = {"w1_scale": given.w13_scale, "w2_scale": given.w2_scale, "block_shape": [BLOCK, BLOCK]}
+    return lambda x, weights, ids: module.fused_experts_impl(
+        x, given.w13, given.w2, weights, ids, use_fp8_w8a8=True, **scales
+    )
+
+
+def deep_gemm_fp8(given: Weights, top_k: int) -> Experts:
+    """DeepGEMM's contiguous grouped products in fp8, with its own quantisation before each."""
+    module = _first("deep_gemm", "vllm.third_party.deep_gemm")
+    quantise = _first("deep_gemm.utils", "vllm.third_party.deep_gemm.utils").per_token_cast_to_fp8
+
+    def product(a: Tensor, w: Tensor, out: Tensor, group: Tensor) -> None:
+        scale = given.w13_scale if w is given.w13 else given.w2_scale
+        module.m_grouped_fp8_gemm_nt_contiguous(quantise(a, use_ue8m0=False), (w, scale), out, group)
+
+    return padded(given, top_k, product)
+
+
 def padded(given: Weights, top_k: int, product: Callable[..., Any], block: int = 128) -> Experts:
     """Around a ``product(a, w, out, each row's expert)`` whose experts begin at multiples of ``block``."""
     count, hidden, width = given.w2.shape
@@ -150,13 +191,20 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
+FP8_ADAPTERS: dict[str, Adapter] = {
+    "moec": moec_fp8,
+    "vLLM": vllm_fp8,
+    "SGLang": sglang_fp8,
+    "DeepGEMM": deep_gemm_fp8,
+}
+
 PEERS = ("transformers", "liger_kernel", "vllm", "sglang", "deep_gemm")  # by the name that is imported
 
 
-def installed(adapters: dict[str, Adapter]) -> tuple[dict[str, Adapter], dict[str, str]]:
-    """Those that can be asked for experts here, and why the others can't."""
+def installed(adapters: dict[str, Adapter], dtype: torch.dtype) -> tuple[dict[str, Adapter], dict[str, str]]:
+    """Those that can be asked for experts of ``dtype`` here, and why the others can't."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    probe = Weights(torch.zeros(2, 32, 16, device=device), torch.zeros(2, 16, 16, device=device))
+    (probe,) = draw_weights(Shape("probe", 2, 16, 16, 1), dtype, device, cache=0)
     able, reasons = {}, {}
     for name, adapter in adapters.items():
         try:

@@ -10,17 +10,28 @@ import torch.nn.functional as F
 from gpu.shapes import Shape
 from torch import Tensor
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}  # of the largest element
+E4M3 = torch.float8_e4m3fn
+# Of the weights. With fp8, x and y are bf16: quantising x, and what lies between, is part of the call.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": E4M3}
+# Of the largest element. In fp8 every operand of both products is rounded to 4 bits.
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, E4M3: 1.5e-1}
 CHECKED = 64  # tokens of a call that are compared; all must be finite
+BLOCK = 128  # fp8's scales are of 128 x 128 weights (DeepSeek-V3)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Every expert's: w13 [E, 2·I, H], gate rows first, and w2 [E, H, I]."""
+    """Every expert's: w13 [E, 2·I, H], gate rows first, and w2 [E, H, I]; with fp8 their blocks' scales."""
 
     w13: Tensor
     w2: Tensor
+    w13_scale: Tensor | None = None
+    w2_scale: Tensor | None = None
+
+    def matrix(self, w: Tensor, e: int) -> Tensor:
+        """Expert e of w13 or w2 (the one that ``w`` is) in double precision."""
+        scale = self.w13_scale if w is self.w13 else self.w2_scale
+        return w[e].double() if scale is None else w[e].double() * spread(scale[e], w.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,32 @@ def draw_weights(shape: Shape, dtype: torch.dtype, device: str, cache: int) -> l
     for _ in range(copies):
         w13 = torch.empty(shape.experts, 2 * shape.intermediate, shape.hidden, dtype=dtype, device=device)
         w2 = torch.empty(shape.experts, shape.hidden, shape.intermediate, dtype=dtype, device=device)
-        made.append(Weights(w13.normal_(std=shape.hidden**-0.5), w2.normal_(std=shape.intermediate**-0.5)))
+        if dtype == E4M3:
+            made.append(Weights(w13, w2, fill_fp8(w13, shape.hidden), fill_fp8(w2, shape.intermediate)))
+        else:
+            w13.normal_(std=shape.hidden**-0.5)
+            made.append(Weights(w13, w2.normal_(std=shape.intermediate**-0.5)))
     return made
+
+
+def fill_fp8(w: Tensor, depth: int) -> Tensor:
+    """Fills w [E, N, K] so that it stands for weights of a deviation of depth^-1/2; returns its scales.
+
+    One expert at a time: in more than fp8 they wouldn't fit.
+    """
+    experts, rows, columns = w.shape
+    scale = torch.rand(experts, -(-rows // BLOCK), -(-columns // BLOCK), device=w.device) + 0.5
+    scale *= depth**-0.5 / 64
+    for e in range(experts):
+        wanted = torch.randn(rows, columns, device=w.device) * depth**-0.5
+        w[e] = (wanted / spread(scale[e], w.shape[1:])).clamp(-448, 448).to(E4M3)
+    return scale
+
+
+def spread(scale: Tensor, shape: torch.Size) -> Tensor:
+    """The scale of each element of a matrix."""
+    wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return wide[: shape[0], : shape[1]]
 
 
 def draw_inputs(
@@ -52,9 +87,10 @@ def draw_inputs(
     """Rotated through, call after call: as many as read three times the cache, at least 2, at most 32."""
     generator = torch.Generator(device).manual_seed(tokens)
     count = min(32, max(2, copies, math.ceil(3 * cache / shape.bytes(tokens, dtype.itemsize))))
+    floats = torch.bfloat16 if dtype == E4M3 else dtype
     made = []
     for number in range(count):
-        x = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(dtype)
+        x = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(floats)
         scores = torch.rand(tokens, shape.experts, generator=generator, device=device)
         top, ids = scores.topk(shape.top_k, dim=1)
         weights = top / top.sum(1, keepdim=True)
@@ -75,7 +111,7 @@ def difference(y: Tensor, given: Inputs, experts: Weights) -> float:
     wanted = torch.zeros_like(x)
     for e in ids.unique().tolist():
         token, choice = (ids == e).nonzero(as_tuple=True)
-        gate, up = (x[token] @ experts.w13[e].double().T).chunk(2, dim=-1)
-        part = (F.silu(gate) * up) @ experts.w2[e].double().T
+        gate, up = (x[token] @ experts.matrix(experts.w13, e).T).chunk(2, dim=-1)
+        part = (F.silu(gate) * up) @ experts.matrix(experts.w2, e).T
         wanted.index_add_(0, token, weights[token, choice, None] * part)
     return float((y[rows].double() - wanted).abs().max() / wanted.abs().max())

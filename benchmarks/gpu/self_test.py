@@ -8,15 +8,14 @@ from gpu.problem import Weights
 from torch import Tensor
 
 
-def grouped_product(a: Tensor, w: Tensor, out: Tensor, group: Tensor) -> None:
-    """out[r] = w[group[r]] · a[r]; a padded row's result is NaN."""
-    for e in range(len(w)):
-        out[group == e] = a[group == e] @ w[e].T
-    out[group < 0] = torch.nan
-
-
 def padding(given: Weights, top_k: int) -> Experts:
-    return padded(given, top_k, grouped_product, block=4)
+    def product(a: Tensor, w: Tensor, out: Tensor, group: Tensor) -> None:
+        """out[r] = w[group[r]] · a[r]; a padded row's result is NaN."""
+        for e in range(len(w)):
+            out[group == e] = (a[group == e].double() @ given.matrix(w, e).T).to(out.dtype)
+        out[group < 0] = torch.nan
+
+    return padded(given, top_k, product, block=4)
 
 
 def wrong(given: Weights, top_k: int) -> Experts:

@@ -33,9 +33,12 @@ class Shape:
         return 2.0 * tokens * self.top_k * self.expert
 
     def bytes(self, tokens: int, size: int) -> float:
-        """What must move: chosen experts once, x and y, and what passes between the products both ways."""
-        activations = 2 * tokens * self.hidden + 2 * tokens * self.top_k * self.intermediate
-        return size * (self.active(tokens) * self.expert + activations)
+        """What must move: chosen experts once, x and y, and what passes between the products both ways.
+
+        ``size`` bytes an element; of fp8, x and y have two.
+        """
+        between = 2 * tokens * self.top_k * self.intermediate
+        return size * (self.active(tokens) * self.expert + between) + max(2, size) * 2 * tokens * self.hidden
 
 
 SHAPES = {

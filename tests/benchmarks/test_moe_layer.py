@@ -91,6 +91,19 @@ def test_a_choice_of_shapes_tokens_and_peers(tmp_path: Path) -> None:
     assert found["results"][0]["error"] < 1e-5
 
 
+def test_experts_in_fp8(tmp_path: Path) -> None:
+    """moec rounds x and what lies between the products, the stand-in only the weights; the wrong is found."""
+    chosen = ["--shapes", "tiny-top6", "--tokens", "1", "33", "--dtype", "fp8"]
+    done = run("--self-test", *chosen, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "moe_layer.self-test.fp8.json").read_text(encoding="utf-8"))
+    errors = {(r["implementation"], r["tokens"]): r["error"] for r in found["results"]}
+    assert errors.keys() == {(name, tokens) for name in ("moec", "padding") for tokens in (1, 33)}
+    assert all(error < (1e-2 if name == "padding" else 1.5e-1) for (name, _), error in errors.items())
+    assert {e["implementation"] for e in found["excluded"]} == {"wrong", "failing"}
+    assert {"vLLM", "SGLang", "DeepGEMM"} <= found["unavailable"].keys() | {n for n, _ in errors}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
