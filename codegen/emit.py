@@ -64,7 +64,8 @@ class Kernels:
             called = next(k for k in KERNELS if k.op == record.calls and isinstance(k, Templated))
             name = self._rendered(called, record.called(op))
             constants |= {record.calls: name}
-            self.imports.setdefault(self._stem(op.name, self.triton), {})[name] = identifier(called.op)
+            file = self._stem(op.name, self.triton)
+            self.imports.setdefault(file, {})[name] = self._stem(called.op, self.triton)
         return self._rendered(record, constants)
 
     def _rendered(self, record: Templated, constants: dict[str, Any]) -> str:
