@@ -67,7 +67,8 @@ class Prices:
         if isinstance(op, Loop):
             return self._loop(op, costs)
         types = tuple(None if v is None else v.type for v in (*op.operands, *op.results))
-        key = (op.name, types, tuple(op.attrs.items()), tuple(costs.sizes.values()))
+        attrs = tuple(item for item in op.attrs.items() if not isinstance(item[1], float))  # eps, scale: free
+        key = (op.name, types, attrs, tuple(costs.sizes.values()))
         if key not in self._known:
             try:
                 self._known[key] = costs.op(op)
@@ -155,11 +156,13 @@ class Recorder:
         self._listen()
 
     def _listen(self) -> None:
-        for name, function in self.module.functions.items():
-            if self._heard.get(name) is not function:
-                self._heard[name] = function
-                if name.split(".")[0] != WEIGHTS:
-                    function.listeners.append(self)
+        """To functions that are new: they come last."""
+        for name, function in reversed(self.module.functions.items()):
+            if self._heard.get(name) is function:
+                break
+            self._heard[name] = function
+            if name.split(".")[0] != WEIGHTS:
+                function.listeners.append(self)
 
     # What the functions tell.
     def created(self, function: Function, op: Op) -> None:
@@ -198,8 +201,7 @@ class Recorder:
         name = m.function.name
         firing = Firing(rule, name, m.root.loc, m.rule_loc, self.runs(name), m.matched, m.reads, m.out)
         self._close(firing, m.names)
-        if len(self._heard) != len(module.functions):
-            self._listen()
+        self._listen()
 
     def _close(self, firing: Firing, names: Mapping[Op, str] | None = None) -> None:
         gained = Delta()
