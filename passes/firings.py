@@ -157,7 +157,7 @@ class Recorder:
 
     def _listen(self) -> None:
         """To functions that are new: they come last."""
-        for name, function in reversed(self.module.functions.items()):
+        for name, function in reversed(list(self.module.functions.items())):
             if self._heard.get(name) is function:
                 break
             self._heard[name] = function
