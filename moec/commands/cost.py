@@ -38,8 +38,10 @@ def show(
     sizes = complete(parse_sizes(at, module), module)
     data = costs.report(costs.Costs(module, device, sizes, assumed), tile)
     if wanted:
-        for entry in data["entries"].values():
-            entry["functions"] = [f for f in entry["functions"] if f["name"] in wanted]
+        for name, entry in data["entries"].items():
+            # Also as the entry has it for itself: @decode runs @decode.layer in place of @layer.
+            own = {*wanted, *(f"{name}.{w}" for w in wanted)}
+            entry["functions"] = [f for f in entry["functions"] if f["name"] in own]
         data["entries"] = {name: e for name, e in data["entries"].items() if e["functions"]}
         if not data["entries"]:
             raise BadOption(f"nothing that a step of these sizes runs is called {', '.join(wanted)}")
