@@ -1,4 +1,4 @@
-"""Packages for a GPU that mix fp8 kernels with others of the same op: which file has which, and all import."""
+"""Packages for a GPU that mix fp8 kernels with others of the same op: which file has which; all import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.codegen.emission import ABOUT
 MODULE = """moec.ir 1 module @tests target={target}
 
 func @forward(%x: bf16[T,256], %y: bf16[T,67], %w: f8e4m3[4,256,256]@s128x128, \
-%v: f8e4m3[4,256,67]@s128x128, %w2: f8e4m3[4,256,128]@s128x128, %u: bf16[4,256,256], %slot: i32[2*T~4], %off: i32[5]) -> bf16[2*T,256]
+%v: f8e4m3[4,256,67]@s128x128, %w2: f8e4m3[4,256,128]@s128x128, %u: bf16[4,256,256], \
+%slot: i32[2*T~4], %off: i32[5]) -> bf16[2*T,256]
   %x.q = quant(%x) {{block=1x128}} : f8e4m3[T,256]@s1x128
   %y.q = quant(%y) {{block=1x128}} : f8e4m3[T,67]@s1x128
   %g = gather_grouped_linear(%x.q, %w, %slot, %off) {{epilogue=swiglu, per_row=2, quant=1x128}} : \
