@@ -18,7 +18,7 @@ from moec.codegen.render import Names, identifier, prose, quote, quote_format, r
 from moec.errors import IRError
 from moec.ir.graph import ENTRIES, Function, Module
 from moec.ir.memory import is_planned, plan_memory
-from moec.ir.op import Op, OpResult, Param, Value
+from moec.ir.op import Op, Param, Value
 from moec.ir.ops.control import Loop
 from moec.ir.ops.weights import Bind, Stack
 from moec.ir.records import kernel_records
@@ -29,6 +29,8 @@ WIDTH = 110
 # What generated functions use beside their own names.
 PYTHON = {"params", "take", "bind", "torch", "F", "range", "map", "zip", "Scaled"}
 Drops = Mapping[int, list[Value]]
+# Load-time ops that give another view of a tensor that lies in one piece.
+VIEWS = ("reshape", "split")
 
 
 @dataclass
@@ -36,7 +38,7 @@ class PythonFunction:
     """What ``model.py.jinja`` needs of one function."""
 
     name: str
-    args: list[str]
+    signature: list[str]
     doc: list[str]
     lines: list[str] = field(default_factory=list)
     returns: list[str] = field(default_factory=list)
@@ -74,7 +76,9 @@ class Kernels:
             name = self._names.add(key, record.op)
             self._by_constants[key] = name
             source = render_python(record.template, name=name, **constants)
-            self.files.setdefault(self._stem(record.op, self.triton), []).append(source)
+            parts = self.files.setdefault(self._stem(record.op, self.triton), [])
+            # A function that another kernel of the op brought along is there already.
+            parts += [part for part in source.strip("\n").split("\n\n\n") if part not in parts]
         return self._by_constants[key]
 
     def _triton(self, op: Op, record: TritonKernel) -> str:
@@ -129,6 +133,7 @@ class FunctionEmitter:
         self.drops = drops or {}
         self.load_time = function.name.split(".")[0] == WEIGHTS
         self.names = Names(PYTHON | {*functions.values(), *kernels.names})
+        self.placed: dict[Value, str] = {}  # of load-time values, the parameters that they have become
         self.used: set[str] = set()  # kernels called
         self.lines: list[str] = []
 
@@ -142,13 +147,22 @@ class FunctionEmitter:
                 self._free(op)
         returns = [str(self._text(v)) for v in self.function.outputs if not isinstance(v.type, STATE_TYPES)]
         doc = describe(self.function, self.module, args[: len(self.function.args)])
-        return PythonFunction(self.functions[self.function.name], args, doc, self.lines, returns)
+        name = self.functions[self.function.name]
+        signature = wrap_call(f"def {name}", args)
+        signature[-1] += ":"
+        return PythonFunction(name, signature, doc, self.lines, returns)
 
     def _text(self, value: Value | None, op: Op | None = None) -> str | None:
         if value is None:
             return None
-        if not isinstance(value, Param):
+        if value in self.placed and op is not None and self._only_views(op):
+            return self.placed[value]
+        if not isinstance(value, Param) or value in self.names:
             return self.names[value]
+        if self.load_time and not isinstance(op, Stack) and len(self.function.uses(value)) > 1:
+            name = self.names.add(value, value.name.rpartition(".weight")[0] or value.name)
+            self.lines.append(f"{name} = {self._read(quote(value.name))}")  # read once
+            return name
         if isinstance(op, Stack):
             experts = op.attrs["experts"]
             member = self._read(quote_format(value.name, "e"))
@@ -165,7 +179,7 @@ class FunctionEmitter:
         elif isinstance(op, Bind):
             if not self.load_time:
                 raise IRError(f"@{self.function.name}: bind stands outside @{WEIGHTS}", loc=op.loc)
-            self.lines.append(f"bind({quote(op.param)}, {operands[0]})")
+            self._bind(op, str(operands[0]))
         else:
             self._assign(op, *self._expression(op, operands))
 
@@ -182,11 +196,27 @@ class FunctionEmitter:
         for line in wrap(", ".join(n for n in names if n not in carried_on), WIDTH - 8):
             self.lines.append(f"del {line.removesuffix(',')}")
 
+    def _bind(self, op: Bind, value: str) -> None:
+        """A parameter; later views are taken from where it has been put, so that all share one memory."""
+        text = f"bind({quote(op.param)}, {value})"
+        users = self.function.users(op.x)
+        if any(self._only_views(user) for user in users[users.index(op) + 1 :]):
+            self.placed[op.x] = self.names.add(op, f"{value}_placed")
+            text = f"{self.placed[op.x]} = {text}"
+        self.lines.append(text)
+
+    def _only_views(self, op: Op) -> bool:
+        """Whether ``op`` gives views and all that is made of them are further ones, or parameters."""
+        users = [user for res in op.results for user in self.function.users(res)]
+        return op.name in VIEWS and all(isinstance(u, Bind) or self._only_views(u) for u in users)
+
     def _free(self, op: Op) -> None:
         """Forgets what ``op`` was the last to use: stacked experts are large, two stages of them larger."""
-        last = {v for v in op.operands if isinstance(v, OpResult) and self.function.users(v)[-1] is op}
+        used = [v for v in op.operands if v is not None and v in self.names]
+        last = {v for v in used if self.function.users(v)[-1] is op}
         if last:
-            self.lines.append(f"del {', '.join(sorted(self.names[v] for v in last))}")
+            names = {self.names[v] for v in last} | {self.placed[v] for v in last if v in self.placed}
+            self.lines.append(f"del {', '.join(sorted(names))}")
 
     def _expression(self, op: Op, operands: list[Any]) -> tuple[str, list[str] | None]:
         """An expression and None, or a kernel's name and its arguments."""

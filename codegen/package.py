@@ -16,7 +16,7 @@ from moec.codegen.emit import emit_python, emitted_by
 from moec.codegen.parameters import manifest_tensors
 from moec.codegen.targets import Target
 from moec.errors import OutputExists, OutputUnwritable
-from moec.ir.graph import Module
+from moec.ir.graph import NEW_TOKENS, Module
 from moec.ir.memory import is_planned, plan_memory
 from moec.ir.op import Op, Value
 from moec.ir.ops.control import Loop
@@ -156,15 +156,19 @@ def memory_plan(module: Module, target: str) -> dict[str, Any] | None:
 
 
 def entries(module: Module) -> dict[str, Any]:
-    """Arguments and results of each function that a caller may run, in the IR's text form."""
+    """Arguments and results of each function that a caller may run, in the IR's text form; of @decode also
+    ``max_new``, the most new tokens of a sequence that it takes.
+    """
     found = {}
-    for name in ("step", "head", "forward"):
+    for name in ("step", "decode", "head", "forward"):
         if name in module:
             function = module[name]
             found[name] = {
                 "args": [[a.name, str(a.type)] for a in function.args],
                 "returns": [str(v.type) for v in function.outputs],
             }
+    if "decode" in found:
+        found["decode"]["max_new"] = module.bounds.get(NEW_TOKENS, 1)
     return found
 
 

@@ -14,10 +14,13 @@ from moec.ir.function import Listener as Listener
 from moec.ir.function import consumes as consumes
 from moec.ir.op import Op, Value
 from moec.ir.ops.control import Loop
+from moec.ir.ops.segments import SplitBatch
 from moec.ir.types import Dim, as_dim, symbol
 
 # Functions that a package calls by name; any other is the body of a loop.
 ENTRIES = ("step", "decode", "head", "forward", "weights")
+# The symbol whose bound says how many new tokens of each sequence @decode takes.
+NEW_TOKENS = "new"
 
 
 class _Callers:
@@ -115,5 +118,11 @@ class Module:
         return new
 
     def bound_values(self) -> dict[Any, Dim]:
-        """Symbols to their bounds, for substituting into costs."""
-        return {symbol(name): as_dim(value) for name, value in self.bounds.items()}
+        """Symbols to their bounds, for substituting into costs; a split batch is in that part which it is in
+        where all sequences are of one length.
+        """
+        bounds: dict[Any, Dim] = {symbol(name): as_dim(value) for name, value in self.bounds.items()}
+        for function in self:
+            for op in function.ops_named(SplitBatch.name):
+                bounds |= op.shares(bounds)  # type: ignore[attr-defined]
+        return bounds

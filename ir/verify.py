@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import networkx as nx
 
 from moec.errors import IRError, MoecError, nearest
+from moec.ir.attrs import SYMBOL
 from moec.ir.blame import point_at
 from moec.ir.graph import Function, Module, consumes
 from moec.ir.op import Op, OpResult, Value
@@ -63,7 +64,9 @@ def _verify_function(function: Function, module: Module) -> None:
     for param in function.params.values():
         if not _PARAM_NAME.fullmatch(param.name):
             raise IRError(f"@{function.name}: {param.name!r} is no parameter's name")
-    known = {s for arg in function.args for s in _symbols(arg.type)} | {symbol(n) for n in module.bounds}
+    known: set[object] = {s for arg in function.args for s in _symbols(arg.type)} | {
+        symbol(n) for n in module.bounds
+    }
     for op in function.ops:
         try:
             _verify_op(op, function, module, known)
@@ -82,8 +85,7 @@ def _verify_op(op: Op, function: Function, module: Module, known: set[object]) -
     for res, type in zip(op.results, types, strict=True):
         if res.type != type:
             raise op.mismatch(f"{res.text} is {res.type} but its operands make it {type}")
-    if "rows" in op.attrs:
-        known.add(symbol(op.attrs["rows"]))
+    known |= {symbol(op.attrs[key]) for key, spec in op.attr_specs.items() if spec.kind is SYMBOL}
     for res in op.results:
         for unknown in set(_symbols(res.type)) - known:
             raise IRError(f"@{function.name}: nothing defines the symbol {unknown} of {res!r}", loc=op.loc)

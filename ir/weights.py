@@ -7,6 +7,8 @@ the checkpoint's tensor of that name.
 
 from __future__ import annotations
 
+from typing import Any
+
 from moec.ir.graph import ENTRIES, Function, Module
 from moec.ir.op import Op
 from moec.ir.ops.control import Loop
@@ -16,8 +18,17 @@ from moec.ir.types import IndexType
 WEIGHTS = "weights"
 
 
+# What a body is called that differs from @BODY in what it computes for @decode, not in its parameters.
+DECODE = "decode."
+
+
+def decode_name(body: str) -> str:
+    return f"{DECODE}{body}"
+
+
 def weights_name(body: str) -> str:
-    return WEIGHTS if body in ENTRIES else f"{WEIGHTS}.{body}"
+    """The load-time function of a body; that of its form for @decode is the same."""
+    return WEIGHTS if body in ENTRIES else f"{WEIGHTS}.{body.removeprefix(DECODE)}"
 
 
 def weights_of(module: Module, body: str) -> Function:
@@ -29,7 +40,7 @@ def weights_of(module: Module, body: str) -> Function:
         function = module.add(Function(WEIGHTS))
         function.ret()
         return function
-    callers = module.callers(body)
+    callers = [call for form in forms(body) for call in module.callers(form)]
     function = module.add(Function(name, [(module[body].args[0].name, IndexType())]))
     function.ret()
     for caller, op in callers:
@@ -54,15 +65,22 @@ def unmirror(module: Module, caller: str, loop: Op) -> None:
     The body's last run takes the load-time function along.
     """
     body, name = loop.attrs["callee"], weights_name(caller)
-    if any(weights_name(f.name) == name and op.attrs == loop.attrs for f, op in module.callers(body)):
-        return
     outer = module.functions.get(name)
+    others = (op for form in forms(body) for f, op in module.callers(form) if weights_name(f.name) == name)
+    if any(_alike(op) == _alike(loop) for op in others):
+        return
     for op in _runs(module, outer, loop) if outer else []:
         if _mirrors(op, loop):
             outer.erase(op)  # type: ignore[union-attr]
     callee = weights_name(body)
     if callee in module and not module.callers(callee):
         module.remove(callee)
+
+
+def forms(body: str) -> tuple[str, str]:
+    """``body`` and its form for @decode, or the other way round."""
+    plain = body.removeprefix(DECODE)
+    return plain, decode_name(plain)
 
 
 def _runs(module: Module, outer: Function, loop: Op) -> list[Op]:
@@ -72,14 +90,13 @@ def _runs(module: Module, outer: Function, loop: Op) -> list[Op]:
 
 def _mirrors(op: Op, loop: Op) -> bool:
     """Whether ``op`` is the load-time twin of ``loop``: same numbers, same scope."""
-    if not isinstance(op, Loop) or not isinstance(loop, Loop):
-        return False
-    return (type(op), op.callee, op.scope, op.range) == (
-        type(loop),
-        weights_name(loop.callee),
-        loop.scope,
-        loop.range,
-    )
+    return isinstance(op, Loop) and _alike(op, op.callee) == _alike(loop)
+
+
+def _alike(loop: Op, load: str = "") -> tuple[Any, ...]:
+    """What runs of one body have in common with that of its load-time function, ``load``."""
+    load = load or weights_name(loop.attrs["callee"])
+    return type(loop), load, loop.attrs["scope"], loop.range  # type: ignore[attr-defined]
 
 
 def bindings(function: Function) -> dict[str, Bind]:
@@ -88,6 +105,8 @@ def bindings(function: Function) -> dict[str, Bind]:
 
 
 def bodies_of(module: Module, load: str) -> list[Function]:
-    """The functions whose parameters the load-time function ``load`` makes: one, or the entries."""
-    names = [f for f in ENTRIES if f != WEIGHTS] if load == WEIGHTS else [load.removeprefix(f"{WEIGHTS}.")]
+    """The functions whose parameters the load-time function ``load`` makes: entries, or forms of a body."""
+    names = (
+        [f for f in ENTRIES if f != WEIGHTS] if load == WEIGHTS else forms(load.removeprefix(f"{WEIGHTS}."))
+    )
     return [module[name] for name in names if name in module]

@@ -102,14 +102,15 @@ def trim_calls(module: Module) -> bool:
         unused = [i for i, a in enumerate(body.args) if i >= fixed and not body.uses(a)]
         for caller, loop in callers if unused else []:
             kept = [v for i, v in enumerate(loop.operands, start=1) if i not in unused]
-            _with_operands(caller, loop, kept)
+            with_operands(caller, loop, kept)
         for arg in [body.args[i] for i in unused]:
             body.drop_argument(arg)
             changed = True
     return changed
 
 
-def _with_operands(function: Function, op: Op, operands: list[Value | None]) -> None:
+def with_operands(function: Function, op: Op, operands: list[Value | None]) -> None:
+    """``op`` with other operands, in its place."""
     new = type(op)(operands, op.attrs, op.loc)
     new.take_notes(op)
     function.create(new, before=op)

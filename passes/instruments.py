@@ -126,7 +126,7 @@ class Oracle(Instrument):
     ``inputs`` maps an entry function to its arguments (for one that takes none: ``()``). ``rows`` gets, for
     each pass:
 
-        outputs   {"step.0": error}: each output of each entry
+        outputs   {"step.0": error}: each output of each entry; @decode gets @step's inputs and is held to it
         sqnr      the lowest of an output, in dB
         values    {"step:%h": error, "layer.moe@model.layers.3.:%xe": ...}: every value that both have by
                   that name and type. A pass may give an old name to another value: an error here is a hint.
@@ -151,11 +151,12 @@ class Oracle(Instrument):
 
     def after(self, run: PassRun, module: Module) -> None:
         outputs, values = self._interpret(module)
-        errors = {k: relative_error(self._outputs[k], v) for k, v in outputs.items()}
+        known = {k.replace("step.", "decode."): v for k, v in self._outputs.items()} | self._outputs
+        errors = {k: relative_error(known[k], v) for k, v in outputs.items()}
         row = {
             "pass": str(run.ran),
             "outputs": errors,
-            "sqnr": min((sqnr(self._outputs[k], v) for k, v in outputs.items()), default=math.inf),
+            "sqnr": min((sqnr(known[k], v) for k, v in outputs.items()), default=math.inf),
             "values": {
                 k: relative_error(self._values[k][1], v)
                 for k, (type, v) in values.items()
@@ -191,6 +192,8 @@ def interpret(
 
     interpreter = Interpreter(module, weights, observe, alter)
     outputs = {}
+    if "decode" in module and "step" in inputs:
+        inputs = {"decode": inputs["step"], **inputs}
     for function, args in inputs.items():
         for number, got in enumerate(interpreter.run(function, *args)):
             outputs[f"{function}.{number}"] = got

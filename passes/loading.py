@@ -25,14 +25,14 @@ def loaded(module: Module, holder: Function, param: Param) -> Value:
     return load.param(param.name, param.type) if bound is None else bound.x
 
 
-def emit(module: Module, holder: Function, op_name: str, operands: list[Value], attrs: Any, out: str) -> Op:
+def emit(module: Module, holder: Function, op_name: str, operands: list[Value], attrs: Any, *out: str) -> Op:
     """An op of the load-time function; the one that is there already where it's the same."""
     load = weights_of(module, holder.name)
     new = op_class(op_name)(operands, attrs)
     for op in _same_operands(load, new):
         if (op.operands, op.attrs) == (new.operands, new.attrs):
             return op
-    return load.create(new, [out])
+    return load.create(new, out)
 
 
 def _same_operands(load: Function, new: Op) -> list[Op]:
@@ -160,7 +160,7 @@ def drop_dead_bindings(module: Module) -> bool:
         if load.name == WEIGHTS:
             bodies = roots(module) - {WEIGHTS}
         elif load.name.startswith(f"{WEIGHTS}."):
-            bodies = {load.name.removeprefix(f"{WEIGHTS}.")}
+            bodies = {f.name for f in bodies_of(module, load.name)}
         else:
             continue
         bound = bindings(load)

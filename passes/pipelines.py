@@ -51,6 +51,7 @@ def _pipeline(level: int, target: str, fp8: list[str]) -> list[str]:
         # What is computed, on every target.
         "expert-grouping{fold_shared=true}" if level == 3 else "expert-grouping",
         "mla-absorb",
+        "paged-attention",
         *(["merge-projections"] if target != "cpu" else []),
         "canonicalise",
         # In which precision.
@@ -58,5 +59,7 @@ def _pipeline(level: int, target: str, fp8: list[str]) -> list[str]:
         # What is computed together: on GPUs, which pay for every trip to memory.
         *(["permute-fusion", "norm-fusion"] if target != "cpu" else []),
         *(["rope-cache-fusion"] if target != "cpu" else []),
+        # A further entry: what @step is for few new tokens.
+        "decode-entry",
         *last,
     ]

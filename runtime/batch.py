@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from moec.errors import BadInput
 from moec.runtime.cache import CachedSequence
+from moec.runtime.values import whole
 
 _DTYPES = {
     "ids": torch.int64,
@@ -31,6 +32,8 @@ class Batch:
     seq_lens      [B] int32    tokens of each sequence in the cache once these are written
     block_table   [B, P] int32 the pages of each sequence; what lies beyond its length is never read
     slot_mapping  [N] int64    page · page size + place for each token's entry, -1 to drop it
+    max_new       None, or the most new tokens that any sequence has: what a GPU's batch doesn't show without
+                  being read back, and what decides whether ``@decode`` can run
     """
 
     ids: torch.Tensor
@@ -39,6 +42,7 @@ class Batch:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+    max_new: int | None = None
 
     def __post_init__(self) -> None:
         """Raises BadInput where shapes or dtypes don't fit each other; values aren't looked at."""
@@ -63,6 +67,8 @@ class Batch:
                     raise BadInput(
                         f"batch.{field} is {describe(tensor)}, but {dim} is {sizes[dim]} elsewhere"
                     )
+        if self.max_new is not None:
+            object.__setattr__(self, "max_new", whole("batch.max_new", self.max_new))
         if sizes["C"] != sizes["B"] + 1:
             raise BadInput(
                 f"batch.cu_seqlens has {sizes['C']} entries for {sizes['B']} sequences: one more is needed"
@@ -83,6 +89,10 @@ class Batch:
         _within("cu_seqlens", self.cu_seqlens, 0, tokens + 1)
         if int(self.cu_seqlens[0]) != 0 or bool((counts < 0).any()):
             raise BadInput("batch.cu_seqlens must start at 0 and never fall")
+        if self.max_new is not None and bool((counts > self.max_new).any()):
+            raise BadInput(
+                f"batch.max_new is {self.max_new}, but a sequence has {int(counts.max())} new tokens"
+            )
         if pages is None or page is None:
             return
         _within("slot_mapping", self.slot_mapping, -1, pages * page)
@@ -129,7 +139,17 @@ class Batch:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In the order in which ``@step`` takes them."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return tuple(getattr(self, name) for name in _DTYPES)
+
+    def adds_at_most(self, tokens: int) -> bool:
+        """Whether the host knows, without waiting for a GPU, that no sequence has more new ones:
+        from ``max_new``, from the batch's size, or from a batch on the CPU.
+        """
+        if self.max_new is not None:
+            return self.max_new <= tokens
+        if len(self.ids) <= tokens:
+            return True
+        return self.cu_seqlens.device.type == "cpu" and bool((self.cu_seqlens.diff() <= tokens).all())
 
 
 def _within(field: str, values: torch.Tensor, least: int, end: int, message: str = "") -> None:
@@ -174,4 +194,5 @@ def next_batch(sequences: Sequence[CachedSequence], new: Sequence[Sequence[int]]
             [s.pages + [0] * (width - len(s.pages)) for s in sequences], dtype=torch.int32
         ).view(len(sequences), width),
         slot_mapping=torch.tensor(slots, dtype=torch.int64),
+        max_new=max(map(len, new), default=0),
     )

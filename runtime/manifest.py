@@ -28,6 +28,8 @@ def flaw(manifest: dict[str, Any]) -> str | None:
                 return f"has no {key!r}"
         elif not rule(manifest[key]):
             return f"has a wrong {key!r}"
+    if "decode" in manifest["entries"] and not _size(manifest["entries"]["decode"].get("max_new")):
+        return "has an entry 'decode', but not how many new tokens it takes"
     if "step" in manifest["entries"] and not all(_size(manifest.get(key)) for key in _LANGUAGE):
         return f"is a language model's, but has no {' or '.join(map(repr, _LANGUAGE))}"
     return None

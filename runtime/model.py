@@ -126,16 +126,26 @@ class LanguageModel(Loaded):
         super().__init__(package, weights, device)
         self.vocab: int = self.manifest["vocab"]
         self.max_positions: int = self.manifest["max_positions"]
+        # New tokens of each sequence that @decode takes: none where there is no such entry.
+        self._few: int = self.manifest["entries"].get("decode", {}).get("max_new", 0)
 
-    def hidden(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """One step's final hidden states [N, hidden]; the batch's entries are in the cache afterwards."""
+    def entry(self, batch: Batch) -> str:
+        """The package's entry that runs a batch: ``decode`` where it's known to take it, else ``step``."""
+        return "decode" if self._few and batch.adds_at_most(self._few) else "step"
+
+    def hidden(self, batch: Batch, cache: KVCache, entry: str | None = None) -> torch.Tensor:
+        """One step's final hidden states [N, hidden]; the batch's entries are in the cache afterwards.
+
+        ``entry`` asks for ``step`` or ``decode``; both compute the same.
+        """
         self._fitting(batch, cache)
         if batch.ids.device.type == "cpu":  # its values; to read back a GPU's would stall it
             batch.check(self.vocab, self.max_positions, cache.pages, cache.page)
         pages = [cache.tensors[spec.name] for spec in self.cache_specs]
         with torch.inference_mode():
             inputs = [t.to(self.memory, non_blocking=True) for t in batch.tensors()]
-            h: torch.Tensor = self._code.step(*inputs, *pages, self.weights)
+            run = getattr(self._code, entry or self.entry(batch))
+            h: torch.Tensor = run(*inputs, *pages, self.weights)
         return h
 
     def head(self, h: torch.Tensor) -> torch.Tensor:

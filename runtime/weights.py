@@ -34,9 +34,13 @@ class Weights(dict[str, torch.Tensor | Scaled]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parameters, scales included; a tensor under two names counts once."""
+        """Bytes of all parameters, scales included; what has several names, in part or whole, counts once."""
         tensors = [t for value in self.values() for t in (value if isinstance(value, Scaled) else (value,))]
-        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        total = end = 0
+        for first, size in sorted((t.data_ptr(), _extent(t)) for t in tensors):
+            total += max(0, first + size - max(end, first))
+            end = max(end, first + size)
+        return total
 
 
 class Take:
@@ -60,16 +64,18 @@ def _disagree(name: str) -> NotAPackage:
 
 
 class Bind:
-    """Collects what the load program makes."""
+    """Collects what the load program makes: ``bind(name, tensor)`` gives the parameter that it has become."""
 
-    def __init__(self, done: Callable[[str, torch.Tensor | Scaled], None], scope: str = "") -> None:
+    def __init__(
+        self, done: Callable[[str, torch.Tensor | Scaled], torch.Tensor | Scaled], scope: str = ""
+    ) -> None:
         self._done, self._scope = done, scope
 
     def at(self, scope: str) -> Bind:
         return Bind(self._done, self._scope + scope)
 
-    def __call__(self, name: str, tensor: torch.Tensor | Scaled) -> None:
-        self._done(self._scope + name, tensor)
+    def __call__(self, name: str, tensor: torch.Tensor | Scaled) -> torch.Tensor | Scaled:
+        return self._done(self._scope + name, tensor)
 
 
 def load_weights(
@@ -88,14 +94,16 @@ def load_weights(
     dtypes = {name: DTYPES[entry["dtype"]] for name, entry in wanted.items()}
     parameters = {name: entry for entry in manifest["parameters"] for name in expand(entry)}
     weights = Weights()
+    memory = _Memory(device)
 
-    def done(name: str, value: torch.Tensor | Scaled) -> None:
+    def done(name: str, value: torch.Tensor | Scaled) -> torch.Tensor | Scaled:
         entry = parameters.get(name)
         if entry is None:
             raise _disagree(name)
-        weights[name] = _placed(name, value, entry, device)
+        weights[name] = placed = _placed(name, value, entry, memory)
         if progress is not None:
             progress(len(weights), len(parameters))
+        return placed
 
     take = Take(checkpoint, dtypes)
     program.weights(take, Bind(done))
@@ -106,7 +114,7 @@ def load_weights(
 
 
 def _placed(
-    name: str, value: torch.Tensor | Scaled, entry: dict[str, Any], device: str
+    name: str, value: torch.Tensor | Scaled, entry: dict[str, Any], memory: _Memory
 ) -> torch.Tensor | Scaled:
     """A parameter as kernels want it. Raises WeightsMisshapen where it isn't what the manifest says."""
     tensor, scales = value if isinstance(value, Scaled) else (value, None)
@@ -116,8 +124,36 @@ def _placed(
         wanted += f" with scales {entry.get('scale')}"
     if made != wanted:
         raise WeightsMisshapen(f"{name} became {made}, not {wanted}")
-    tensor = tensor.to(device, DTYPES[entry["dtype"]]).contiguous()
-    return tensor if scales is None else Scaled(tensor, scales.to(device, torch.float32).contiguous())
+    tensor = memory.put(tensor, DTYPES[entry["dtype"]])
+    return tensor if scales is None else Scaled(tensor, memory.put(scales, torch.float32))
+
+
+class _Memory:
+    """Puts parameters on a device: each in one piece, but for parts of one that is there already."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._whole: dict[int, torch.Tensor] = {}  # the last one in each piece of memory
+
+    def put(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        tensor = tensor.to(self.device, dtype)
+        whole = self._whole.get(tensor.untyped_storage().data_ptr())
+        if whole is not None and _within(tensor, whole):
+            return tensor
+        tensor = tensor.contiguous()
+        self._whole[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _within(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    first, start = part.data_ptr(), whole.data_ptr()
+    return start <= first and first + _extent(part) <= start + whole.nbytes
 
 
 def check(checkpoint: Checkpoint, wanted: dict[str, dict[str, Any]], ignored: list[list[str]]) -> None:

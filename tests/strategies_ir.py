@@ -179,6 +179,14 @@ def _scaled_linear(g: Graph) -> Any:
     return g.op("linear", x, _quantised_weight(g, n, k), bias, acc=g.draw(of([None, f32, bf16])))
 
 
+@draws("head_linear")
+def _head_linear(g: Graph) -> Any:
+    heads, k, m, turned = g.draw(small), g.draw(small), g.draw(small), g.draw(st.booleans())
+    x = g.x(N, heads, k)
+    shape = (heads, k, m) if turned else (heads, m, k)
+    return g.op("head_linear", x, g.param(x.type.dtype, *shape), transposed=turned)
+
+
 @draws("rms_norm")
 def _rms_norm(g: Graph) -> Any:
     x = g.known(lambda t: t.rank > 0 and isinstance(t.shape[-1], int)) or g.fresh(f32, N, 3)
@@ -277,27 +285,6 @@ def _attention(g: Graph) -> Any:
     return g.op("attention", q, k, v, cu_q, cu_k, scale=0.5, causal=causal, window=window)
 
 
-@draws("latent_attention")
-def _latent_attention(g: Graph) -> Any:
-    more = [n + g.draw(st.integers(0, 3)) for n in g.lengths]
-    heads, nope, rope, value, rank = (g.draw(small) for _ in range(5))
-    # In fp32: below it kernels round intermediates, which tiny results may be made of.
-    latent = TensorType(f32, (symbol(f"K{len(g.args)}"), rank + rope))
-    return g.op(
-        "latent_attention",
-        g.fresh(f32, N, heads, nope + rope),
-        g.argument(latent, g.data(f32, sum(more), rank + rope)),
-        g.param(f32, heads * (nope + value), rank),
-        *(g.integers(torch.tensor([0, *lens]).cumsum(0), as_dim(B + 1)) for lens in (g.lengths, more)),
-        nope=nope,
-        value=value,
-        scale=0.5,
-        causal=g.draw(st.booleans()),
-        window=g.draw(of([0, 1, 3])),
-        absorb_below=g.draw(of([0, 2, 9])),
-    )
-
-
 PAGE = CacheType(f32, (2, 3), 4)
 PAGES = 8
 
@@ -385,6 +372,73 @@ def _cache_read(g: Graph) -> Any:
         g.integers(lens, B),
         rows=f"S{len(g.args)}",
     )
+
+
+@draws("paged_attention", "latent_attention")
+def _paged_attention(g: Graph, name: str) -> Any:
+    """Over pages in any order, some of them several times, nothing written behind a sequence's end."""
+    latent, kv = name == "latent_attention", g.draw(small)
+    width, page = g.draw(small), g.draw(of([1, 2, 3]))
+    lens = [max(0, n + g.draw(st.integers(-1, 5))) for n in g.lengths]
+    numbers = [g.draw(st.permutations(range(PAGES))) for _ in lens]
+    entry = (width,) if latent else (2 * kv, width)
+    written = torch.full((PAGES * page, *entry), torch.nan)
+    full = [t[: n // page] for t, n in zip(numbers, lens, strict=True)]
+    for t, n in zip(numbers, lens, strict=True):
+        if n % page and t[n // page] not in {p for whole in full for p in whole}:
+            written[t[n // page] * page :][: n % page] = g.data(f32, n % page, *entry)
+    for t in full:
+        for at in t:
+            written[at * page :][:page] = g.data(f32, page, *entry)
+    cache = g.argument(CacheType(f32, entry, page), PagedCache(page, {0: written}))
+    table = torch.tensor(numbers, dtype=torch.int32).view(len(lens), PAGES)
+    return g.op(
+        name,
+        # In fp32: below it kernels round intermediates, which tiny results may be made of.
+        g.fresh(f32, N, g.draw(small) if latent else kv * g.draw(of([1, 2])), width),
+        cache,
+        g.argument(IndexType(), 0),
+        g.integers(table, B, PAGES),
+        g.integers(torch.tensor([0, *g.lengths]).cumsum(0), as_dim(B + 1)),
+        g.integers(lens, B),
+        scale=0.5,
+        causal=g.draw(st.booleans()),
+        window=g.draw(of([0, 1, 3])),
+        rows=f"S{len(g.args)}",
+        **({"rank": g.draw(st.integers(1, width))} if latent else {}),
+    )
+
+
+# Parts of a batch.
+@draws("split_batch")
+def _split_batch(g: Graph) -> Any:
+    owned = g.lengths[:-1] if g.lengths and g.draw(st.booleans()) else g.lengths  # rows that nothing owns
+    bounds = torch.tensor([0, *owned, *[0] * (len(g.lengths) - len(owned))]).cumsum(0)
+    number = len(g.args)
+    return g.op(
+        "split_batch",
+        g.x(N, 3),
+        g.integers(bounds, as_dim(B + 1)),
+        g.integers([n + 1 for n in g.lengths], B),
+        g.integers(torch.arange(2 * len(g.lengths)).view(-1, 2), B, 2),
+        below=g.draw(st.integers(1, 4)),
+        rows=f"N{number}",
+        sequences=f"B{number}",
+    )
+
+
+@draws("take_rows")
+def _take_rows(g: Graph) -> Any:
+    rows = g.draw(st.lists(st.integers(0, g.tokens - 1), unique=True)) if g.tokens else []
+    return g.op("take_rows", g.x(N, g.draw(small)), g.integers(sorted(rows), symbol(f"M{len(g.args)}")))
+
+
+@draws("merge_rows")
+def _merge_rows(g: Graph) -> Any:
+    short_rows, *_, long_rows, _, _, _ = _split_batch(g)
+    x = g.x(N, g.draw(small))
+    a, b = g.op("take_rows", x, short_rows), g.op("take_rows", x, long_rows)
+    return g.op("merge_rows", a, short_rows, b, long_rows)
 
 
 # Experts.

@@ -27,6 +27,11 @@ def _linear(op: Op, args: list[Any]) -> str:
     return f"F.linear({given})" + ("" if to == wide else f".to({torch_dtype(to)})")
 
 
+def _head_linear(op: Op, args: list[Any]) -> str:
+    w = args[1] if op.attrs["transposed"] else f"{args[1]}.mT"
+    return f"torch.bmm({args[0]}.transpose(0, 1), {w}).transpose(0, 1)"
+
+
 def _reshape(op: Op, args: list[Any]) -> str:
     """Symbolic axes are x's own where x has them; one other can be left for PyTorch to work out."""
     if op.results[0].type.scale:  # type: ignore[union-attr]
@@ -127,6 +132,7 @@ def _stack(op: Op, args: list[Any]) -> str:
 
 register(
     Inline("linear", _linear, reasons=scaled),
+    Inline("head_linear", _head_linear),
     Inline("embedding", _embedding),
     Inline("rms_norm", _rms_norm),
     Inline("reshape", _reshape),

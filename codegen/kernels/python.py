@@ -7,8 +7,9 @@ from typing import Any
 from moec.codegen.kernels import Templated, not_fp32, register, scaled
 from moec.ir.op import Op
 from moec.ir.ops.rope import rope_frequencies
+from moec.ir.types import CacheType
 
-LATENT = "python/kernels/latent_attention.py.jinja"
+PAGED = "python/kernels/paged_attention.py.jinja"
 
 
 def _kernel(op: str, constants: Any = None, **kwargs: Any) -> Templated:
@@ -55,9 +56,20 @@ def gather_grouped_linear(op: Op) -> dict[str, Any]:
     return shown | {"width": width, "wide": wide, "quant": ""}
 
 
-def _latent_attention(op: Op) -> dict[str, Any]:
-    (_, heads, width), (_, rank) = _shape(op, 0), _shape(op, 2)
-    return dict(op.attrs) | {"heads": heads, "width": width, "rope": width - op.attrs["nope"], "rank": rank}
+def _paged(op: Op) -> dict[str, Any]:
+    latent, heads = op.name == "latent_attention", _shape(op, 0)[1]
+    cache = _cache(op)
+    attrs = {key: value for key, value in op.attrs.items() if key != "rows"}
+    return attrs | {
+        **cache,
+        "latent": latent,
+        "stretches": f"{op.name}_stretches_{cache['page']}",  # the same for all kernels over such pages
+        "heads": heads,
+        "kv_heads": 1 if latent else cache["entry"][0] // 2,
+        "width": _shape(op, 0)[2],
+        "value_width": op.results[0].type.shape[2],  # type: ignore[union-attr]
+        "wide": op.operands[0].type.dtype.bits >= 32,  # type: ignore[union-attr]
+    }
 
 
 def _add_rms_norm(op: Op) -> dict[str, Any]:
@@ -77,8 +89,8 @@ def _combine(op: Op) -> dict[str, Any]:
 
 
 def _cache(op: Op) -> dict[str, Any]:
-    cache = op.operands[0].type  # type: ignore[union-attr]
-    return {"page": cache.page, "entry": cache.entry}  # type: ignore[union-attr]
+    cache = next(v.type for v in op.operands if v is not None and isinstance(v.type, CacheType))
+    return {"page": cache.page, "entry": cache.entry}
 
 
 def _fp32(op: Op) -> list[str]:
@@ -118,13 +130,9 @@ register(
     _kernel("cache_write", _cache, in_place=0),
     _kernel("cache_read", _cache),
     _kernel("attention", _attention),
-    Templated(
-        "latent_attention",
-        LATENT,
-        _latent_attention,
-        reasons=not_fp32,
-        calls="linear",
-        name="onednn.latent_attention",
-    ),
-    Templated("latent_attention", LATENT, lambda op: _latent_attention(op) | {"linear": "F.linear"}),
+    Templated("paged_attention", PAGED, _paged),
+    Templated("latent_attention", PAGED, _paged),
+    _kernel("split_batch"),
+    _kernel("take_rows"),
+    _kernel("merge_rows"),
 )

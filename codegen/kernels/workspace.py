@@ -94,16 +94,6 @@ def _swiglu(op: Op) -> Amount:
     return NOTHING if _type(op, 0).dtype == f32 else wide_copies(op)
 
 
-def _latent(op: Op) -> Amount:
-    """Over rows that were gathered: keys and values made of all of them, and copies of one width."""
-    if "nope" not in op.attrs:
-        return _paged(op)
-    (_, heads, width), (_, row) = _type(op, 0).shape, _type(op, 1).shape
-    value = op.attrs["value"]
-    made = heads * (op.attrs["nope"] + value + 2 * max(width, value)) / row
-    return wide_copies(op) * 2 + bytes_as(_type(op, 1), 32) * made
-
-
 def _paged(op: Op) -> Amount:
     """Beside ``wide_copies``: a mask, and of entries that don't lie together the scores and a copy in fp32.
 
@@ -140,8 +130,7 @@ WORKSPACE: dict[str, Workspace] = {
     "torch.route": times(0, 7 * 32),  # scores, and what is sorted by them
     "torch.sort_by_expert": _sorted,
     "torch.paged_attention": _paged,
-    "onednn.latent_attention": _latent,
-    "torch.latent_attention": _latent,
+    "torch.latent_attention": _paged,
     "torch.split_batch": _parts,
     "torch.take_rows": nothing,
     "torch.merge_rows": nothing,

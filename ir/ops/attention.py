@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import sympy
 import torch
@@ -19,10 +20,16 @@ class PagedCache:
         self.page, self.layers = page, layers
 
 
-def _cache(op: Op, value: Value) -> CacheType:
+def cache_of(op: Op, value: Value) -> CacheType:
+    """``value``'s type, once it's known to be a cache."""
     if not isinstance(value.type, CacheType):
         raise op.mismatch(f"{value.text} is {value.type}, not a cache")
     return value.type
+
+
+def pairs(queries: Any, keys: Any, sequences: Any) -> Any:
+    """Queries times the keys that each meets, as if all sequences were of one length, and every key seen."""
+    return sympy.Integer(1) * queries * keys / sympy.Max(1, sequences)
 
 
 class CacheWrite(Op, name="cache_write"):
@@ -35,7 +42,7 @@ class CacheWrite(Op, name="cache_write"):
     out = result("cache")
 
     def infer(self) -> CacheType:
-        cache, entry = _cache(self, self.cache), self.tensor(self.entry, min_rank=1)
+        cache, entry = cache_of(self, self.cache), self.tensor(self.entry, min_rank=1)
         self.index(self.layer)
         slots = self.integers(self.slot_mapping, 1)
         self.same("N", entry.shape[0], self.entry, slots.shape[0], self.slot_mapping)
@@ -68,7 +75,7 @@ class CacheRead(Op, name="cache_read"):
     entries = result("[S, *entry]")
 
     def infer(self) -> TensorType:
-        cache = _cache(self, self.cache)
+        cache = cache_of(self, self.cache)
         self.index(self.layer)
         table, lens = self.integers(self.block_table, 2), self.integers(self.seq_lens, 1)
         self.same("B", table.shape[0], self.block_table, lens.shape[0], self.seq_lens)
@@ -127,10 +134,8 @@ class Attention(Op, name="attention"):
 
     def cost(self) -> Cost:
         q, k, v = self.q.type, self.k.type, self.v.type
-        sequences = self.cu_q.type.shape[0] - 1
-        # As if all sequences were of one length, and every key seen.
-        pairs = sympy.Integer(1) * q.shape[0] * k.shape[0] / (1 if sequences == 0 else sequences)
-        return Cost(2 * pairs * q.shape[1] * (q.shape[2] + v.shape[2]), self.moved_bytes())
+        met = pairs(q.shape[0], k.shape[0], self.cu_q.type.shape[0] - 1)
+        return Cost(2 * met * q.shape[1] * (q.shape[2] + v.shape[2]), self.moved_bytes())
 
     @staticmethod
     def reference(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moec.ir.attrs import DTYPE
+from moec.ir.attrs import BOOL, DTYPE
 from moec.ir.op import Cost, Op, attr, operand, result
 from moec.ir.ops.scaled import product_dtype, product_types
 from moec.ir.scaled import product, rounds_to
@@ -47,6 +47,32 @@ class Linear(Op, name="linear"):
         if bias is not None:
             y = y + bias.float()
         return y.to(rounds_to(x, acc))
+
+
+class HeadLinear(Op, name="head_linear"):
+    """Each head's x · wᵀ by a weight of its own, accumulated in fp32 and rounded once."""
+
+    products = True
+    x = operand("[N, heads, K]")
+    w = operand("[heads, M, K], or [heads, K, M] where it is transposed")
+    transposed = attr(BOOL, False, doc="x · w: the rows of w are K")
+    y = result("[N, heads, M]")
+
+    def infer(self) -> TensorType:
+        x, w = self.tensor(self.x, 3), self.tensor(self.w, 3)
+        self.same("the dtype", x.dtype, self.x, w.dtype, self.w)
+        self.same("heads", x.shape[1], self.x, w.shape[0], self.w)
+        wide, deep = (2, 1) if self.transposed else (1, 2)
+        self.same("K", x.shape[2], self.x, w.shape[deep], self.w)
+        return TensorType(x.dtype, (*x.shape[:2], w.shape[wide]))
+
+    def cost(self) -> Cost:
+        return Cost(2 * self.x.type.numel * self.y.type.shape[2], self.moved_bytes())
+
+    @staticmethod
+    def reference(x: torch.Tensor, w: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+        form = "nhk,hkm->nhm" if transposed else "nhk,hmk->nhm"
+        return torch.einsum(form, x.float(), w.float()).to(x.dtype)
 
 
 class Embedding(Op, name="embedding"):

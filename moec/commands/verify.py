@@ -131,7 +131,9 @@ def _by_value(verdict: Verdict) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for row in verdict.rows:
         phase, _, value = row.value.rpartition(": ")
-        phase = "decode" if phase.startswith("decode") else phase or "error"
+        if phase.startswith("decode"):  # all steps together, @step's beside @decode's
+            phase = "decode by @step" if phase.endswith(" by @step") else "decode"
+        phase = phase or "error"
         error = math.inf if row.nan else row.worst if verdict.judged == "worst" else row.median
         of = found.setdefault(value, {})
         of[phase] = max(error, of.get(phase, 0.0))

@@ -88,6 +88,10 @@ def test_no_loop_runs_over_tokens(packages: dict[str, Path]) -> None:
         "enumerate(zip(bounds, bounds[1:]))",  # experts
         "zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:])",  # sequences
         "zip(block_table, seq_lens.tolist())",
+        "enumerate(seq_lens.tolist())",
+        "parts",  # where a sequence's pages lie
+        "range(0, len(q), rows_at_once)",  # blocks of queries
+        "((is_short, short), (~is_short, ~short))",  # parts of a batch
         "matrices",  # experts, at load time
     }
 
@@ -152,7 +156,7 @@ def test_the_golden_package(packages: dict[str, Path], golden: Callable[[str, st
     """Read these files: they are what an engineer sees."""
     shown = {
         "deepseek-v3-tiny": ["model.py", "weights.py", "kernels/latent_attention.py", "kernels/route.py"],
-        "llama-tiny": ["kernels/attention.py"],
+        "llama-tiny": ["kernels/paged_attention.py"],
         "layer": ["model.py", "kernels/grouped_linear.py"],
     }
     for name, files in shown.items():

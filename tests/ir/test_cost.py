@@ -215,19 +215,60 @@ def test_attention_takes_640_flops_a_head_query_and_key() -> None:
     assert op_cost(attention("0", "0", "1")).flops == 0  # no sequences
 
 
-@pytest.mark.parametrize(
-    ("tokens", "keys", "absorbed"),
-    [(1, 4096, True), (170, 10**6, True), (171, 10**6, False), (512, 512, False)],
+LATENT = (
+    "%q: bf16[N,128,576], %kv: cache<bf16[576], page=64>, %l: index, %t: i32[B,P], %a: i32[B+1], %s: i32[B]"
 )
-def test_latent_attention_costs_its_cheaper_form(tokens: int, keys: int, absorbed: bool) -> None:
-    """A head's FLOPs at DeepSeek-V3's widths, for each of two sequences; nothing of keys' size is moved."""
-    args = "%q: bf16[N,128,192], %c: bf16[S,576], %w: bf16[32768,512], %a: i32[B+1], %b: i32[B+1]"
-    attrs = "{absorb_below=171, nope=128, scale=0.1, value=128}"
-    cost = op_cost(line(f"%o = latent_attention(%q, %c, %w, %a, %b) {attrs} : bf16[N,128,128]", args))
-    flops, nbytes = at(cost, N=2 * tokens, S=2 * keys, B=2)
-    form = (2176, tokens) if absorbed else (640, keys)
-    assert flops == 2 * 128 * (form[0] * tokens * keys + 262_144 * form[1])
-    assert nbytes == 2 * (1152 * keys + 2 * 128 * (192 + 128) * tokens) + 2 * 32768 * 512 + 2 * 4 * 3
+
+
+def test_absorbed_attention_takes_2176_flops_a_head_query_and_key() -> None:
+    """DeepSeek-V3: scores over 576 columns, sums over 512; each latent is read once, for all heads."""
+    text = "%o = latent_attention(%q, %kv, %l, %t, %a, %s) {rank=512, scale=0.1} : bf16[N,128,512]"
+    flops, nbytes = at(op_cost(line(text, LATENT)), N=32, S=4096, B=8, P=8)
+    assert flops == 2176 * 128 * 32 * 4096 / 8
+    rows = 2 * 32 * 128 * (576 + 512)
+    assert nbytes == 1152 * 4096 + rows + 4 * (8 * 8 + 9 + 8)
+    assert at(op_cost(line(text, LATENT)), N=0, S=0, B=0, P=0)[0] == 0
+
+
+def test_paged_attention_costs_what_attention_does_without_the_copy() -> None:
+    args = (
+        "%q: bf16[N,8,64], %kv: cache<bf16[4,64], page=16>, %l: index, %t: i32[B,P], %a: i32[B+1], %s: i32[B]"
+    )
+    text = "%o = paged_attention(%q, %kv, %l, %t, %a, %s) {scale=0.1} : bf16[N,8,64]"
+    flops, nbytes = at(op_cost(line(text, args)), N=2, S=100, B=1, P=7)
+    assert flops == 2 * 2 * 100 * 8 * (64 + 64)
+    assert nbytes == 2 * 100 * 4 * 64 + 2 * 2 * 2 * 8 * 64 + 4 * (7 + 2 + 1)
+
+
+def test_head_linear_is_a_product_a_head() -> None:
+    """W_UK of DeepSeek-V3: 2·128·128·512 FLOPs a token, 16.8 MB of weights."""
+    text = "%y = head_linear(%x, %w) {transposed=true} : bf16[N,128,512]"
+    flops, nbytes = at(op_cost(line(text, "%x: bf16[N,128,128], %w: bf16[128,128,512]")), N=3)
+    assert flops == 3 * 2 * 128 * 128 * 512
+    assert nbytes == 2 * 128 * 128 * 512 + 2 * 3 * 128 * (128 + 512)
+
+
+def test_a_split_batch_is_in_one_part_where_all_sequences_are_alike() -> None:
+    parts = ("N0", "B0+1", "B0", "B0,P", "N-N0", "B-B0+1", "B-B0", "B-B0,P")
+    args = "%x: f32[N,4], %cu: i32[B+1], %lens: i32[B], %table: i32[B,P]"
+    text = [
+        f"moec.ir 1 func @f({args}) -> (f32[N0,4], f32[N-N0,4]) sym={{B<=4,N<=40,S<=99}}",
+        "%r0, %c0, %l0, %t0, %r1, %c1, %l1, %t1 = split_batch(%x, %cu, %lens, %table) {below=10} : "
+        + ", ".join(f"i32[{p}]" for p in parts),
+        "%a = take_rows(%x, %r0) : f32[N0,4]",
+        "%b = take_rows(%x, %r1) : f32[N-N0,4]",
+        "return %a, %b",
+        "end",
+    ]
+    module = parse_module("\n".join(text) + "\n")
+    names = ("N0", "B0", "S0", "S1")
+    assert [module.bound_values()[symbol(n)] for n in names] == [0, 0, 0, 99]
+    short = op(module, "r0").shares({N: 39, B: 4, S: 99})  # type: ignore[attr-defined]
+    assert [short[symbol(n)] for n in names] == [39, 4, 99, 0]
+    assert op(module, "r0").shares({N: 39}) == {}  # type: ignore[attr-defined]
+    # Rows and their numbers, once each way, of the part that has them.
+    costs = [at(op_cost(op(module, n)).at(module.bound_values()))[1] for n in ("a", "b")]
+    assert costs == [0, 40 * (2 * 16 + 4)]
 
 
 LOOPS = """\

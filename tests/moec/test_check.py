@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import moec
 from moec import models
-from moec.check import CHUNK, SQNR, TOLERANCE, _Comparison, token_errors, verify_package
+from moec.check import CHUNK, FEW, SQNR, TOLERANCE, _Comparison, token_errors, verify_package
 from moec.errors import BadOption
 from moec.pass_errors import pass_errors
 from moec.runtime.manifest import seal
@@ -44,15 +44,20 @@ MISTAKES = [
     ("cache_write", "[slot_mapping.clamp(min=-1)]", "[slot_mapping.clamp(max=63)]"),
     ("cache_read", "(length + 63) // 64", "1 + length // 64 * 0"),
     ("cache_read", "pages[table[", "pages[table.sort(descending=True).values["),
-    ("latent_attention", "query[:, :, 10:]", "query[:, :, 10:].flip(2)"),
-    ("latent_attention", "w_uv.mT", "w_uv.flip(0).mT"),
-    ("latent_attention", "rows[:, 24:]", "rows[:, :8]"),
-    ("latent_attention", "value = kv[:, :, 10:]", "value = kv[:, :, :12]"),
-    ("latent_attention", "linear(rows[:, :24], w)", "linear(rows[:, :24], w.flip(0))"),
+    ("latent_attention", "(length + 63) // 64", "1 + length // 64 * 0"),
     ("latent_attention", "mask = torch.ones(", "mask = 0 * torch.ones("),
     ("latent_attention", ".tril(keys - queries)", ".tril()"),
-    ("latent_attention", "is_causal=1 < queries == keys", "is_causal=False"),
-    ("latent_attention", "scale=0.30558255774919335", "scale=0.25"),
+    ("latent_attention", "[first:end]", "[first : end - 1]"),
+    ("latent_attention", "out[q0] = attended[0, 0, :, :24]", "out[q0] = attended[0, 0, :, 8:]"),
+    ("latent_attention", "out[q0:q1] = attended[0, :, :, :24]", "out[q0:q1] = attended[0, :, :, 8:]"),
+    ("latent_attention", "value, scale=0.30558255774919335", "value, scale=0.25"),
+    ("attention", "mask = torch.ones(", "mask = 0 * torch.ones("),
+    ("attention", ".tril(keys - queries)", ".tril()"),
+    ("attention", "is_causal=queries == keys", "is_causal=False"),
+    ("split_batch", "seq_lens[chosen]", "seq_lens[: int(chosen.sum())]"),
+    ("split_batch", "block_table[chosen]", "block_table[: int(chosen.sum())]"),
+    ("merge_rows", "y[a_rows], y[b_rows] = a, b", "y[: len(a)], y[len(a) :] = a, b"),
+    ("take_rows", "else x[rows]", "else x[: len(rows)]"),
 ]
 
 
@@ -98,7 +103,7 @@ def test_a_mistake_in_plain_attention_is_found(
     grouped_heads: Path, tmp_path: Path, old: str, new: str
 ) -> None:
     package = Path(shutil.copytree(grouped_heads, tmp_path / "package"))
-    plant(package, "kernels/attention.py", old, new)
+    plant(package, "kernels/paged_attention.py", old, new)
     try:
         verdict = verify_package(package, "random:0", decode=1)
     except (RuntimeError, IndexError):
@@ -124,9 +129,9 @@ def test_a_package_without_mistakes(built: Path, pristine: Path) -> None:
     for weights in ("random:0", "random:7", str(pristine)):
         verdict = verify_package(built, weights, decode=2)
         assert verdict.ok
-        assert verdict.same_tokens == verdict.tokens == 3 * 4
-        assert [r.value for r in verdict.rows if r.value.endswith("logits")] == [
-            "prefill: logits", "mixed: logits", "decode 1: logits", "decode 2: logits",
+        assert verdict.same_tokens == verdict.tokens == 3 * 6
+        assert [r.value.removesuffix(": logits") for r in verdict.rows if r.value.endswith("logits")] == [
+            "prefill", "mixed", "decode 1", "decode 1 by @step", "decode 2", "decode 2 by @step",
         ]  # fmt: skip
         assert 0 < max(r.worst for r in verdict.rows) < 1e-5
 
@@ -219,13 +224,13 @@ def test_verify_prints_a_table(cli: Cli, built: Path, pristine: Path) -> None:
         done = cli("verify", built, "--weights", weights, "--decode", 1)
         assert (done.code, done.err) == (0, "")
         lines = done.out.splitlines()
-        assert lines[1].split() == ["value", "prefill", "mixed", "decode"]
+        assert lines[1].split() == ["value", "prefill", "mixed", "decode", "decode", "by", "@step"]
         assert [line.split()[0] for line in lines[3:-1]] == [
             *(f"model.layers.{n}" for n in range(3)),
             "logits",
         ]
-        assert all(re.fullmatch(r"\S+( +\d\.\de-\d\d){3} +ok", line) for line in lines[3:-1])
-        assert lines[-1] == "equal within 1e-04; 9 of 9 greedy tokens the same"
+        assert all(re.fullmatch(r"\S+( +\d\.\de-\d\d){4} +ok", line) for line in lines[3:-1])
+        assert lines[-1] == "equal within 1e-04; 12 of 12 greedy tokens the same"
 
 
 def test_verify_says_where_a_broken_package_differs_first(cli: Cli, package: Path) -> None:
@@ -251,7 +256,7 @@ def test_verify_of_a_layer_with_a_cache(cli: Cli, tmp_path: Path) -> None:
     spec = models.Layer(models.GQA(heads=2, kv_heads=1, head_dim=4), hidden=32, dtype="f32", page=4)
     built = moec.build(spec, out=tmp_path / "x")
     assert cli("verify", built.path).code == 0
-    plant(built.path, "kernels/cache_read.py", "torch.cat(sequences)", "torch.cat(sequences).roll(1, 0)")
+    plant(built.path, "kernels/paged_attention.py", "[first:end]", "[first:end].roll(1, 0)")
     assert cli("verify", built.path).code == 1
 
 
@@ -310,5 +315,7 @@ def test_a_model_of_few_positions(cli: Cli, tmp_path: Path, positions: int) -> N
 def test_what_is_not_given_is_as_long_as_ever_where_it_fits(built: Path) -> None:
     verdict = verify_package(built, "random:0")
     (mixed,) = (row for row in verdict.rows if row.value == "mixed: model.layers.0")
-    assert mixed.shape[0] == 3 + CHUNK
-    assert sum(row.value.endswith("logits") for row in verdict.rows) == 2 + 4
+    assert mixed.shape[0] == 3 + CHUNK + FEW
+    assert (
+        sum(row.value.endswith("logits") for row in verdict.rows) == 2 + 2 * 4
+    )  # decode steps by @step, too

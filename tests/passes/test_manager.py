@@ -63,16 +63,16 @@ def test_dumps_read_back_and_resume(tmp_path: Path) -> None:
     assert names == [
         "000_naive.moec",
         "002_expert-grouping.moec",
-        "004_canonicalise.moec",
-        "005_select.moec",
-        "006_plan.moec",
+        "005_canonicalise.moec",
+        "007_select.moec",
+        "008_plan.moec",
     ], "the others find nothing to change"
     for path in dump.files:
         assert print_module(read_module(path)) == path.read_text(encoding="utf-8")
     resumed = read_module(dump.files[1])
     assert (resumed.ran, resumed.to_run) == (
         "canonicalise,expert-grouping",
-        "mla-absorb,canonicalise,select,plan",
+        "mla-absorb,paged-attention,canonicalise,decode-entry,select,plan",
     )
     again = Dump(tmp_path / "again")
     PassManager(parse_pipeline(resumed.to_run), [again]).run(resumed)
@@ -125,9 +125,11 @@ def test_events(tmp_path: Path) -> None:
         (1, "canonicalise"),
         (2, "expert-grouping"),
         (3, "mla-absorb"),
-        (4, "canonicalise"),
-        (5, "select"),
-        (6, "plan"),
+        (4, "paged-attention"),
+        (5, "canonicalise"),
+        (6, "decode-entry"),
+        (7, "select"),
+        (8, "plan"),
     ]
     grouping = passes[1]
     assert grouping["changed"] and grouping["seconds"] >= 0
@@ -143,7 +145,7 @@ def test_a_row_for_each_firing() -> None:
     PassManager(pipeline(2), [events]).run(m)
     fired = [row for row in events.rows if row["event"] == "fired"]
     names = [(row["number"], row["rule"]) for row in fired]
-    assert names == [(2, "expert-loop"), (2, "grouped-gate-up"), (4, "combine-dtype")]
+    assert names == [(2, "expert-loop"), (2, "grouped-gate-up"), (5, "combine-dtype")]
     loop, gate_up, _ = fired
     assert (loop["pass"], loop["function"], loop["runs"]) == ("expert-grouping", "layer", 2)
     assert loop["line"].startswith("modules.py:") and loop["rule_line"].startswith("expert_grouping.py:")

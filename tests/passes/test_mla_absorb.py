@@ -3,118 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import BadOption
-from moec.ir import Builder, Function, Module, TensorType, parse_module, print_module, verify
-from moec.ir.types import DTYPES, i32, symbol
+from moec.ir import Module, parse_module, print_module
 from moec.models import lower, preset
 from moec.passes import parse_pipeline, pipeline
+from moec.passes.latent_forms import ALWAYS, Sizes, crossover
 from moec.passes.manager import PassManager
-from moec.passes.mla_absorb import ALWAYS, crossover
+from tests.passes.cached import BATCHES, Latent, latents
 from tests.passes.modules import (
     close,
-    func,
     golden_text,
-    interpret,
-    module,
     op_names,
     random_weights,
     reasons,
     replaced,
     run,
-    tokens,
 )
 
-N, B, S = (symbol(n) for n in "NBS")
+BODY = ["linear", "reshape", "linear", "cache_write"]
+ABSORBED = ["split", "head_linear", "concat", "latent_attention", "head_linear"]
+EXPANDED = ["cache_read", "split", "linear", "reshape", "split", "broadcast", "concat", "attention"]
+AFTER = ["reshape", "linear", "add"]
 
 
-@dataclass(frozen=True)
-class Latent:
-    """Expanded attention as a user could write it: ``x`` [S, 8] makes the latent, nothing is cached."""
-
-    heads: int = 2
-    nope: int = 4
-    rope: int = 2
-    value: int = 3
-    rank: int = 5
-    causal: bool = True
-    window: int = 0
-    dtype: str = "f32"
-    cuts: int = 1  # c and k_pe may be cut from the latent by an op each
-    negative: bool = True  # axes count from the end
-
-    def build(self) -> Module:
-        m = Module("test", "cpu", {"N": 64})
-        kind, offsets = DTYPES[self.dtype], TensorType(i32, (B + 1,))
-        q = TensorType(kind, (N, self.heads, self.nope + self.rope))
-        x = TensorType(kind, (S, 8))
-        forward = m.add(Function("forward", [("q", q), ("x", x), ("cu_q", offsets), ("cu_k", offsets)]))
-        b = Builder(m, forward, kind)
-        forward.ret(self.block(b, *forward.args))
-        verify(m)
-        return m
-
-    def block(self, b: Builder, q: Any, x: Any, cu_q: Any, cu_k: Any) -> Any:
-        columns, within = (-1, -1) if self.negative else (1, 2)
-        latent = b.project(x, "down", self.rank + self.rope, out="latent")
-        cuts = [
-            b.split(latent, sizes=(self.rank, self.rope), axis=columns, out=("c", "pe"))
-            for _ in range(self.cuts)
-        ]
-        kv = b.project(cuts[0][0], "up", self.heads * (self.nope + self.value), out="kv")
-        kv = b.reshape(kv, shape=(S, self.heads, self.nope + self.value), out="kv.heads")
-        k_nope, v = b.split(kv, sizes=(self.nope, self.value), axis=within, out=("k_nope", "v"))
-        k_pe = b.broadcast(cuts[-1][1], axis=within - 1, size=self.heads, out="pe.heads")
-        k = b.concat(k_nope, k_pe, axis=within, out="k")
-        return b.attention(q, k, v, cu_q, cu_k, scale=0.6, causal=self.causal, window=self.window, out="o")
-
-    def inputs(self, batch: list[tuple[int, int]], seed: int = 0) -> list[torch.Tensor]:
-        """For each sequence its new tokens and the older ones."""
-        news, keys = [n for n, _ in batch], [n + old for n, old in batch]
-        q = tokens(sum(news), self.heads * (self.nope + self.rope), seed, self.dtype)
-        cu_q, cu_k = (torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (news, keys))
-        x = tokens(sum(keys), 8, seed + 1, self.dtype)
-        return [q.view(-1, self.heads, self.nope + self.rope), x, cu_q, cu_k]
-
-
-latents = st.builds(
-    Latent,
-    heads=st.integers(1, 4),
-    nope=st.integers(1, 5),
-    rope=st.integers(1, 4),
-    value=st.integers(1, 5),
-    rank=st.integers(1, 6),
-    causal=st.booleans(),
-    window=st.sampled_from([0, 2]),
-    cuts=st.sampled_from([1, 2]),
-    negative=st.booleans(),
-)
+def sorted_ops(m: Module, function: str = "layer0") -> list[str]:
+    return sorted(op_names(m, function))
 
 
 @given(
     block=latents,
-    batch=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=3),
-    passes=st.permutations(["canonicalise", "expert-grouping", "mla-absorb"]),
+    batch=BATCHES,
+    below=st.sampled_from([1, 2, 3, 4, 99]),
+    passes=st.permutations(["canonicalise", "expert-grouping", "mla-absorb", "paged-attention"]),
     seed=st.integers(0, 99),
 )
 def test_same_result_in_any_order(
-    block: Latent, batch: list[tuple[int, int]], passes: list[str], seed: int
+    block: Latent, batch: list[tuple[int, int]], below: int, passes: list[str], seed: int
 ) -> None:
+    """Prefill, decode, chunks over a cached prefix, empty sequences: in one batch, short and long."""
     m = block.build()
     weights, args = random_weights(m, seed), block.inputs(batch, seed)
-    before = interpret(m, weights, *args)
-    run(",".join(passes), m)
-    assert op_names(m) == ["linear", "latent_attention"]
+    before = block.run(m, weights, args)
+    run(",".join(passes).replace("mla-absorb", f"mla-absorb{{absorb_below={below}}}"), m)
+    found = op_names(m, "layer0")
+    assert ("latent_attention" in found) == (below > 1) and "attention" in found
     assert print_module(parse_module(print_module(m))) == print_module(m)
-    close(before, interpret(m, weights, *args), tolerance=1e-5)
+    close(before, block.run(m, weights, args), tolerance=1e-5)
+
+
+def test_what_becomes_of_a_layer() -> None:
+    """One split of the batch for both layers, outside of them."""
+    m = Latent(bodies=2).build()
+    run("mla-absorb,canonicalise", m)
+    assert op_names(m) == ["split_batch", "prefix_sum", "call", "call"]
+    segments = ["take_rows", *ABSORBED, "take_rows", *EXPANDED, "merge_rows"]
+    for body in ("layer0", "layer1"):
+        assert sorted_ops(m, body) == sorted([*BODY, *segments, *AFTER])
+
+
+def test_layers_of_other_sizes_split_the_batch_elsewhere() -> None:
+    m = Latent(bodies=2, target="").build()
+    text = print_module(m, derived=False)
+    second = text.index("func @layer1")
+    wide = replaced(
+        ("[14,5]", "[16,5]"),
+        ("[S,14]", "[S,16]"),
+        ("[S,2,7]", "[S,2,8]"),
+        ("sizes=[4,3]", "sizes=[4,4]"),
+        ("[S,2,3]", "[S,2,4]"),
+        ("[N,2,3]", "[N,2,4]"),
+        ("[N,6]", "[N,8]"),
+        ("[8,6]", "[8,8]"),
+    )
+    m = parse_module(text[:second] + wide(text[second:]))
+    weights, args = random_weights(m), Latent().inputs([(1, 4), (30, 3), (13, 0)])
+    before = Latent().run(m, weights, args)
+    run("mla-absorb", m)
+    splits = [op for op in m["forward"].ops if op.name == "split_batch"]
+    assert [op.attrs["below"] for op in splits] == [12, 20]
+    assert len({op.attrs[key] for op in splits for key in ("rows", "short_entries", "long_entries")}) == 6
+    close(before, Latent().run(m, weights, args), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -123,24 +96,42 @@ def test_low_precision(dtype: str) -> None:
     block = Latent(dtype=dtype)
     m = block.build()
     weights, args = random_weights(m), block.inputs([(3, 4), (1, 9)])
-    before = interpret(m, weights, *args)
+    before = block.run(m, weights, args)
     PassManager(pipeline(2)).run(m)
-    close(
-        before.float(), interpret(m, weights, *args).float(), tolerance=2**-7 if dtype == "bf16" else 2**-10
-    )
+    tolerance = 2**-7 if dtype == "bf16" else 2**-10
+    close(before.float(), block.run(m, weights, args).float(), tolerance=tolerance)
 
 
 def test_names_do_not_matter() -> None:
     text = print_module(Latent().build(), derived=False)
-    for old, new in [("up.weight", "zoo.lion"), ("%latent", "%a"), ("%pe", "%b"), ("%kv", "%c.all")]:
+    for old, new in [("up.weight", "zoo.lion"), ("%latent", "%a"), ("%pe", "%b"), ("%kv.heads", "%c.all")]:
         assert old in text
         text = text.replace(old, new)
     m = parse_module(text)
     run("mla-absorb", m)
-    assert op_names(m) == ["linear", "latent_attention"]
+    assert "latent_attention" in op_names(m, "layer0")
+    assert {"zoo.lion", "zoo.lion.w_uk", "zoo.lion.w_uv"} <= m["layer0"].params.keys()
+
+
+# Weights.
+@pytest.mark.parametrize("fp8", [None, (4, 4)])
+def test_the_halves_of_the_weight_are_views_of_it(fp8: tuple[int, int] | None) -> None:
+    """Heads of 7 rows, in FP8 blocks of 4: what straddles them is dequantised whole, then cut."""
+    m = Latent(fp8=fp8).build()
+    run("mla-absorb", m)
+    load = [op.name for op in m["weights.layer0"].ops]
+    assert load == [*(["scaled", "dequant"] if fp8 else []), "bind", "reshape", "split", "bind", "bind"]
+    shapes = {name: p.type.shape for name, p in m["layer0"].params.items() if name.startswith("up")}  # type: ignore[union-attr]
+    assert shapes == {"up.weight": (14, 5), "up.w_uk": (2, 4, 5), "up.w_uv": (2, 3, 5)}
 
 
 # Where absorbing stops to pay.
+def sizes(
+    nope: int = 128, rope: int = 64, value: int = 128, rank: int = 512, heads: int = 128, dtype: str = "bf16"
+) -> Sizes:
+    return Sizes(heads, nope, rope, value, rank, dtype)
+
+
 def flops(queries: int, keys: int, nope: int, rope: int, value: int, rank: int) -> tuple[int, int]:
     """Of a head, expanded and absorbed, product by product."""
     expanded = 2 * keys * rank * (nope + value)  # k_nope and v of each key
@@ -150,8 +141,9 @@ def flops(queries: int, keys: int, nope: int, rope: int, value: int, rank: int) 
     return expanded, absorbed
 
 
-def test_deepseek_v3_absorbs_below_171_tokens() -> None:
-    assert crossover(nope=128, value=128, rank=512) == 171
+def test_deepseek_v3_absorbs_below_171_tokens_by_flops() -> None:
+    """262,144 / (2176 - 640) = 170.7 (a target without a device: FLOPs alone)."""
+    assert crossover(sizes()) == 171
     queries, keys = 170, 10**7
     assert flops(queries, keys, nope=128, rope=64, value=128, rank=512) == (
         640 * queries * keys + 262_144 * keys,
@@ -159,22 +151,68 @@ def test_deepseek_v3_absorbs_below_171_tokens() -> None:
     )
 
 
+def test_deepseek_v3_absorbs_below_199_tokens_by_time_on_an_h100() -> None:
+    """For a cached entry, at 3.0 TB/s and 798 TFLOP/s, in ns: making its keys and values takes 42.0, reading
+    them 27.3, which bounds few queries; absorbed, each query takes 0.349: the two meet at 198.7.
+    """
+    heads, bandwidth, rate = 128, 3.0e12, 798e12
+    make = heads * 262_144 / rate
+    read = heads * (192 + 128) * 2 / bandwidth  # k and v in bf16: 81,920 bytes
+    assert (make * 1e9, read * 1e9) == (pytest.approx(42.05, abs=0.01), pytest.approx(27.31, abs=0.01))
+    assert heads * 640 * 198 / rate < read, "attention over 198 queries is bound by memory"
+    meet = (make + read) / (heads * 2176 / rate)
+    assert meet == pytest.approx(198.7, abs=0.05)
+    assert crossover(sizes(), "sm_90a") == 199
+
+
 @pytest.mark.parametrize(
-    ("name", "layers"),
-    [("deepseek-v3", 2), ("deepseek-v2", 2), ("deepseek-v2-lite", 2), ("deepseek-moe-16b", 0)],
+    ("target", "dtype", "heads", "below"),
+    [
+        # 153 FLOP for a byte: attention over 171 queries is bound by its products, as the projection is.
+        ("sm_80", "bf16", 128, 171),
+        ("sm_89", "bf16", 128, 244),
+        ("sm_100a", "bf16", 128, 204),
+        ("sm_90a", "f32", 128, 171),  # 22 FLOP for a byte
+        # With one head its products are as little as the bytes of the latent, of its key and of its value.
+        ("sm_90a", "bf16", 1, 266),
+    ],
 )
-def test_every_layer_of_mla_is_absorbed(name: str, layers: int) -> None:
-    """The dense and the MoE layers' function; DeepSeek's first MoE model has plain attention."""
+def test_the_crossover_moves_with_the_device(target: str, dtype: str, heads: int, below: int) -> None:
+    assert crossover(sizes(heads=heads, dtype=dtype), target) == below
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "layers", "expected"),
+    [
+        ("deepseek-v3", "cpu", 2, 171),
+        ("deepseek-v3", "sm_90a", 2, 199),
+        ("deepseek-v2", "sm_90a", 2, 199),
+        ("deepseek-v2-lite", "", 2, 171),
+        ("deepseek-moe-16b", "cpu", 0, 0),
+    ],
+)
+def test_every_layer_of_mla_is_absorbed(name: str, target: str, layers: int, expected: int) -> None:
+    """The dense and the MoE layers' function, q_lora or none; DeepSeek's first model has plain attention."""
     m = lower(preset(name))
+    m.target = target
     (done,) = run("mla-absorb", m)
     assert done.fired.get("absorb", 0) == layers
-    below = [op.attrs["absorb_below"] for f in m for op in f.ops if op.name == "latent_attention"]
-    assert below == [171] * layers
+    splits = [op.attrs["below"] for op in m["step"].ops if op.name == "split_batch"]
+    assert splits == [expected] * (layers > 0)
+    scales = {op.attrs["scale"] for f in m for op in f.ops if op.name in ("latent_attention", "attention")}
+    assert len(scales) == 1
+
+
+def test_yarn_s_scale_stays() -> None:
+    m = lower(preset("deepseek-v3"))
+    run("mla-absorb", m)
+    (scale,) = {op.attrs["scale"] for f in m for op in f.ops if op.name == "latent_attention"}
+    assert scale == pytest.approx(0.135234, abs=1e-6)
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 300), st.integers(1, 600))
 def test_the_crossover_is_where_the_flops_cross(nope: int, rope: int, value: int, rank: int) -> None:
-    below, keys = crossover(nope, value, rank), 10**12
+    below, keys = crossover(sizes(nope, rope, value, rank, 2)), 10**12
     if below == ALWAYS:
         assert 2 * rank <= nope + value
         below = 10**6
@@ -186,191 +224,37 @@ def test_the_crossover_is_where_the_flops_cross(nope: int, rope: int, value: int
     assert below > 1, "decode is always absorbed"
 
 
-@pytest.mark.parametrize(
-    ("text", "below"),
-    [("mla-absorb", 45), ("mla-absorb{absorb_below=0}", 0), ("mla-absorb{absorb_below=99}", 99)],
-)
+def test_where_absorbing_always_pays_nothing_is_expanded() -> None:
+    block = Latent(rank=2, nope=4, value=3)  # rows of the latent are narrower than keys and values
+    m = block.build()
+    weights, args = random_weights(m), block.inputs([(9, 5), (1, 3)])
+    before = block.run(m, weights, args)
+    run("mla-absorb,canonicalise", m)
+    assert sorted_ops(m) == sorted([*BODY, *ABSORBED, *AFTER])
+    assert op_names(m) == ["call"]
+    close(before, block.run(m, weights, args), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("text", "below"), [("mla-absorb", 45), ("mla-absorb{absorb_below=99}", 99)])
 def test_the_threshold_can_be_given(text: str, below: int) -> None:
-    m = Latent(rank=5, nope=4, value=5).build()  # 5·9 / (10 - 9) = 45
+    m = Latent(rank=5, nope=4, value=5, target="").build()  # 5·9 / (10 - 9) = 45
     run(text, m)
-    (op,) = [op for op in m["forward"].ops if op.name == "latent_attention"]
-    assert op.attrs["absorb_below"] == below
+    (op,) = [op for op in m["forward"].ops if op.name == "split_batch"]
+    assert op.attrs["below"] == below
+
+
+@pytest.mark.parametrize("below", [0, 1])
+def test_a_threshold_that_no_sequence_is_below(below: int) -> None:
+    m = Latent().build()
+    before = print_module(m)
+    runs = run(f"mla-absorb{{absorb_below={below}}}", m)
+    assert reasons(runs, "absorb", "layer0") == [f"absorb_below is {below}: no sequence has fewer new tokens"]
+    assert print_module(m) == before
 
 
 def test_a_negative_threshold_is_a_mistake() -> None:
     with pytest.raises(BadOption, match="absorb_below must not be negative"):
         parse_pipeline("mla-absorb{absorb_below=-1}")
-
-
-# Why not.
-EXPANDED = func(
-    "@forward(%q: f32[N,2,6], %latent: f32[S,7], %cu_q: i32[B+1], %cu_k: i32[B+1]) -> f32[N,2,3]",
-    "param $w: f32[14,5]",
-    "%c, %pe = split(%latent) {sizes=[5,2]} : f32[S,5], f32[S,2]",
-    "%kv = linear(%c, $w) : f32[S,14]",
-    "%kv.heads = reshape(%kv) {shape=[S,2,7]} : f32[S,2,7]",
-    "%k_nope, %v = split(%kv.heads) {sizes=[4,3]} : f32[S,2,4], f32[S,2,3]",
-    "%pe.heads = broadcast(%pe) {axis=1, size=2} : f32[S,2,2]",
-    "%k = concat(%k_nope, %pe.heads) : f32[S,2,6]",
-    "%o = attention(%q, %k, %v, %cu_q, %cu_k) {scale=0.6} : f32[N,2,3]",
-    "return %o",
-)
-KEYS = "concat(%k_nope, %pe.heads) : f32[S,2,6]"
-
-
-def also_returns(name: str, type: str) -> Callable[[str], str]:
-    return replaced(("-> f32[N,2,3]", f"-> (f32[N,2,3], {type})"), ("return %o", f"return %o, %{name}"))
-
-
-@pytest.mark.parametrize(
-    ("edit", "reason"),
-    [
-        pytest.param(
-            replaced(("%latent: f32[S,7],", "%latent: f32[S,7], %other: f32[S,7],"),
-                     ("%kv =", "%_c, %pe2 = split(%other) {sizes=[5,2]} : f32[S,5], f32[S,2]\n%kv ="),
-                     ("broadcast(%pe)", "broadcast(%pe2)")),
-            "%other and %latent are not the same",
-            id="two-latents",
-        ),
-        pytest.param(
-            replaced(("%kv =", "%_c, %pe2, %_d = split(%latent) {sizes=[3,2,2]}"
-                               " : f32[S,3], f32[S,2], f32[S,2]\n%kv ="),
-                     ("broadcast(%pe)", "broadcast(%pe2)")),
-            "%latent is cut into [5, 2] for c and [3, 2, 2] for k_pe",
-            id="other-columns",
-        ),
-        pytest.param(
-            replaced(("%latent: f32[S,7]", "%latent: f32[S,8]"),
-                     ("%c, %pe = split(%latent) {sizes=[5,2]} : f32[S,5], f32[S,2]",
-                      "%c, %pe, %_d = split(%latent) {sizes=[5,2,1]} : f32[S,5], f32[S,2], f32[S,1]")),
-            "%latent is cut into [5, 2, 1] for c and [5, 2, 1] for k_pe",
-            id="more-than-c-and-k_pe",
-        ),
-        pytest.param(
-            replaced(("sizes=[5,2]} : f32[S,5], f32[S,2]", "sizes=[2,5]} : f32[S,2], f32[S,5]"),
-                     ("%c, %pe", "%pe, %c")),
-            "%c is result 1 of split",
-            id="k_pe-before-c",
-        ),
-        pytest.param(
-            replaced(("param $w", "param $b: f32[14]\nparam $w"), ("(%c, $w)", "(%c, $w, $b)")),
-            "has bias $b",
-            id="bias",
-        ),
-        pytest.param(
-            replaced(("%kv =", "%n = rms_norm(%c, $n) {eps=0.1} : f32[S,5]\n%kv ="), ("(%c, $w)", "(%n, $w)"),
-                     ("param $w", "param $n: f32[5]\nparam $w")),
-            "%n comes from rms_norm, not split",
-            id="norm-in-between",
-        ),
-        pytest.param(
-            replaced((KEYS, "concat(%pe.heads, %k_nope) : f32[S,2,6]")),
-            "%pe.heads comes from broadcast, not split",
-            id="rotary-part-first",
-        ),
-        pytest.param(
-            replaced(("%k_nope, %v = split(%kv.heads) {sizes=[4,3]} : f32[S,2,4], f32[S,2,3]",
-                      "%v, %k_nope = split(%kv.heads) {sizes=[3,4]} : f32[S,2,3], f32[S,2,4]")),
-            "%k_nope is result 1 of split",
-            id="values-before-keys",
-        ),
-        pytest.param(
-            replaced(("%k =", "%kv2 = linear(%c, $w) : f32[S,14]\n%k ="),
-                     ("%k =", "%h2 = reshape(%kv2) {shape=[S,2,7]} : f32[S,2,7]\n%k ="),
-                     ("%k =", "%_k, %v2 = split(%h2) {sizes=[4,3]} : f32[S,2,4], f32[S,2,3]\n%k ="),
-                     ("%k, %v,", "%k, %v2,")),
-            "keys and values are cut from two: %kv.heads and %h2",
-            id="two-expansions",
-        ),
-        pytest.param(
-            replaced(("%q: f32[N,2,6]", "%q: f32[N,4,6]"), ("-> f32[N,2,3]", "-> f32[N,4,3]"),
-                     ("{scale=0.6} : f32[N,2,3]", "{scale=0.6} : f32[N,4,3]")),
-            "4 query heads share 2 key heads",
-            id="grouped-queries",
-        ),
-        pytest.param(
-            replaced(("%k_nope, %v = split(%kv.heads) {sizes=[4,3]} : f32[S,2,4], f32[S,2,3]",
-                      "%k_nope, %v, %_u = split(%kv.heads) {sizes=[4,2,1]}"
-                      " : f32[S,2,4], f32[S,2,2], f32[S,2,1]"),
-                     ("-> f32[N,2,3]", "-> f32[N,2,2]"),
-                     ("{scale=0.6} : f32[N,2,3]", "{scale=0.6} : f32[N,2,2]")),
-            "%kv.heads is cut into 3 parts",
-            id="a-third-part",
-        ),
-        pytest.param(
-            replaced((KEYS, KEYS.replace("pe.heads", "turned")),
-                     ("%k =", "%turned = sigmoid(%pe.heads) : f32[S,2,2]\n%k =")),
-            "%turned comes from sigmoid, not broadcast",
-            id="k_pe-changed-per-head",
-        ),
-        pytest.param(
-            also_returns("kv", "f32[S,14]"),
-            "%kv is used more than once, by reshape and return",
-            id="kv-in-use",
-        ),
-        pytest.param(
-            also_returns("v", "f32[S,2,3]"),
-            "%v is used more than once, by attention and return",
-            id="v-in-use",
-        ),
-        pytest.param(
-            also_returns("k", "f32[S,2,6]"),
-            "%k is used more than once, by attention and return",
-            id="k-in-use",
-        ),
-    ],
-)  # fmt: skip
-def test_why_not(edit: Callable[[str], str], reason: str) -> None:
-    m = module(edit(EXPANDED))
-    before = print_module(m)
-    assert reasons(run("mla-absorb", m), "absorb") == [reason]
-    assert print_module(m) == before, "a rule that doesn't fire leaves no trace"
-
-
-def test_other_axes_are_not_mistaken_for_the_heads() -> None:
-    """All sizes are 2 or 4, so that cuts along any axis have fitting shapes."""
-    square = func(
-        "@forward(%q: f32[N,2,4], %latent: f32[2,4], %cu: i32[B+1]) -> f32[N,2,2]",
-        "param $w: f32[8,2]",
-        "%c, %pe = split(%latent) {sizes=[2,2]} : f32[2,2], f32[2,2]",
-        "%kv = linear(%c, $w) : f32[2,8]",
-        "%h = reshape(%kv) {shape=[2,2,4]} : f32[2,2,4]",
-        "%k_nope, %v = split(%h) {sizes=[2,2]} : f32[2,2,2], f32[2,2,2]",
-        "%pe.h = broadcast(%pe) {axis=1, size=2} : f32[2,2,2]",
-        "%k = concat(%k_nope, %pe.h) : f32[2,2,4]",
-        "%o = attention(%q, %k, %v, %cu, %cu) {scale=0.6} : f32[N,2,2]",
-        "return %o",
-    )
-    assert run("mla-absorb", module(square))[0].changed
-    for edit, reason in [
-        (replaced(("{axis=1, size=2}", "{axis=0, size=2}")), "k_pe repeats along axis 0, not once a head"),
-        (
-            replaced(
-                ("%latent: f32[2,4]", "%latent: f32[4,2]"),
-                ("split(%latent) {sizes=[2,2]}", "split(%latent) {axis=0, sizes=[2,2]}"),
-            ),
-            "%latent is not cut along its columns",
-        ),
-        (
-            replaced(
-                ("reshape(%kv) {shape=[2,2,4]} : f32[2,2,4]", "reshape(%kv) {shape=[2,4,2]} : f32[2,4,2]"),
-                ("split(%h) {sizes=[2,2]}", "split(%h) {axis=1, sizes=[2,2]}"),
-            ),
-            "%h is not cut along each head's columns",
-        ),
-    ]:
-        assert reasons(run("mla-absorb", module(edit(square))), "absorb") == [reason]
-
-
-def test_what_is_free_may_be_used_elsewhere() -> None:
-    """The latent, its parts and the weight: what an indexer or another layer may read too."""
-    edit = replaced(
-        ("-> f32[N,2,3]", "-> (f32[N,2,3], f32[S,5], f32[S,2,2], f32[S,7])"),
-        ("return %o", "return %o, %c, %pe.heads, %latent"),
-    )
-    m = module(edit(EXPANDED))
-    run("mla-absorb", m)
-    assert op_names(m) == ["split", "broadcast", "latent_attention"]
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
