@@ -370,7 +370,7 @@ class _Pair:
         hidden: dict[Any, torch.Tensor],
         rows: torch.Tensor,
         got: torch.Tensor,
-        compare: _Comparison,
+        to: _Comparison,
     ) -> torch.Tensor:
         """Layers, logits and next tokens of the package's run with the references'; the judge's tokens."""
         for scope, value in self.judge.layers.items():

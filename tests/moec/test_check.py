@@ -182,7 +182,7 @@ def test_verify_in_sixteen_bits_says_how_many_choices_flipped(cli: Cli, half: Pa
     assert done.code == 0
     assert "SQNR to naive" in done.out and re.search(r" \d\d dB +ok", done.out)
     said = done.out.splitlines()[-1]
-    assert re.fullmatch(r"equal within 8e-02; \d of 9 .*; \d+ of \d+ choices of experts flipped", said)
+    assert re.fullmatch(r"equal within 8e-02; \d+ of \d+ .*; \d+ of \d+ choices of experts flipped", said)
     said = cli("verify", half, "--decode", 0, "--json").json()
     assert (said["ok"], said["wrong"], said["exact"]) == (True, 0, False)
 
