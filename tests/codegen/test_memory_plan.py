@@ -93,7 +93,7 @@ def grows_with_s(size: Amount) -> bool:
 
 def test_without_its_drops_a_step_holds_more(tmp_path: Path) -> None:
     """The plan is no promise that anything would keep."""
-    built = build("deepseek-v3-tiny", tmp_path / "package", 2, "f32")
+    built = build("deepseek-v3-tiny", tmp_path / "package", 1, "f32")
     plan = plan_memory(read_module(built.ir_files[-1]), KernelRecords())
     file = built.path / "model.py"
     kept, dropped = [], 0
