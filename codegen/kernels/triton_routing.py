@@ -1,4 +1,4 @@
-"""Around the experts' products on GPUs: sorting slots by expert, and combining the experts' rows."""
+"""Around the experts' products on GPUs: choosing experts, sorting slots by them, combining their rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from moec.codegen.kernels import register
 from moec.codegen.kernels.triton import (
+    FLOATS,
     TritonKernel,
     not_float,
     not_static,
@@ -18,6 +19,8 @@ from moec.ir.op import Op
 
 # Beyond, a chunk's counts no longer fit into a program's registers.
 MOST_EXPERTS = 2047
+# Beyond, a token's scores take too many registers of the one program that chooses.
+MOST_SCORED = 1024
 
 
 def _sort(op: Op, device: GPU) -> dict[str, Any]:
@@ -33,6 +36,46 @@ def _sort(op: Op, device: GPU) -> dict[str, Any]:
 def _sort_reasons(op: Op) -> list[str]:
     experts = op.attrs["experts"]
     return [f"{experts} experts, more than {MOST_EXPERTS}"] if experts > MOST_EXPERTS else []
+
+
+def _route(op: Op, device: GPU) -> dict[str, Any]:
+    logits, bias = op.operands
+    experts = tensor(logits).shape[1]
+    groups = op.attrs["groups"]
+    size = experts // groups
+    every = experts + op.attrs["shared"]
+    padded = _power_of_two(groups) * _power_of_two(size)
+    return dict(op.attrs) | {
+        "experts": experts,
+        "size": size,
+        "bins": 1 << every.bit_length(),
+        "bias": bias is not None,
+        "bias_type": pointer(tensor(bias).dtype) if bias is not None else None,
+        "logits_type": pointer(tensor(logits).dtype),
+        "w_type": pointer(op.attrs["dtype"]),
+        "group_slots": _power_of_two(groups),
+        "size_slots": _power_of_two(size),
+        "slots": _power_of_two(op.attrs["k"] + op.attrs["shared"]),
+        "warps": 1 if padded <= 512 else 4,
+    }
+
+
+def _power_of_two(n: int) -> int:
+    """The next, n itself included: Triton's ranges are such."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _route_reasons(op: Op) -> list[str]:
+    logits, bias = op.operands
+    types = [tensor(v) for v in (logits, bias) if v is not None]
+    reasons = not_static(E=types[0].shape[1]) + not_float(*types)
+    if op.attrs["dtype"].name not in FLOATS:
+        reasons.append(f"weights are {op.attrs['dtype']}")
+    experts = types[0].shape[1]
+    if isinstance(experts, int) and experts + op.attrs["shared"] > MOST_SCORED:
+        shared = f" and {op.attrs['shared']} shared" if op.attrs["shared"] else ""
+        reasons.append(f"{experts} experts{shared}, more than {MOST_SCORED}")
+    return reasons
 
 
 def _combine(op: Op, device: GPU) -> dict[str, Any]:
@@ -66,6 +109,10 @@ def _combine_reasons(op: Op) -> list[str]:
 
 
 register(
+    TritonKernel("route", "triton/route.py.jinja", _route, _route_reasons),
+    TritonKernel(
+        "route_sort", "triton/route_sort.py.jinja", _route, _route_reasons, ("triton/expert_of.py.jinja",)
+    ),
     TritonKernel(
         "sort_by_expert",
         "triton/sort_by_expert.py.jinja",

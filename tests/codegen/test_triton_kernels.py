@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,13 +25,18 @@ from tests.codegen.triton_kernels import (
     load,
     quant_op,
     record,
+    route_op,
     sort_op,
     source,
 )
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = ["triton_interpreted.py", "triton_interpreted_fp8.py"]
+V3_ROUTER: dict[str, Any] = {"score": "sigmoid", "renorm": True, "scale": 2.5, "groups": 8, "topk_groups": 4}
+V3_ROUTER["group_score"] = "top2sum"
 V3 = {
+    "route": lambda dtype: route_op("route", 256, 8, "f32", True, **V3_ROUTER),
+    "route_sort": lambda dtype: route_op("route_sort", 256, 8, "f32", True, shared=1, **V3_ROUTER),
     "sort_by_expert": lambda dtype: sort_op(8, 256),
     "gather_grouped_linear": lambda dtype: grouped_op(
         dtype, 256, 2048, 7168, gather=True, per_row=8, act="silu"
@@ -133,6 +139,8 @@ def test_offsets_have_64_bits() -> None:
         (lambda: quant_op("bf16", 16384, "1x*"), None),
         (lambda: quant_op("bf16", 16385, "1x*"), "K is 16385"),
         (lambda: sort_op(2, 2047), None),
+        (lambda: route_op("route", 1024, 2, score="softmax"), None),
+        (lambda: route_op("route_sort", 1024, 2, score="softmax", shared=1), "1024 experts and 1 shared"),
         (lambda: sort_op(2, 2048), "2048 experts"),
         (lambda: combine_op("bf16", "f32", "f64", 2, 16, slot=True, plus=None), "f64 is none of"),
     ],
@@ -237,6 +245,8 @@ def test_quant_on_hopper(tmp_path: Path) -> None:
 def test_sort_and_combine_on_hopper(tmp_path: Path) -> None:
     cubins = dict(compiled(V3["sort_by_expert"]("bf16"), None, tmp_path))
     cubins |= dict(compiled(V3["combine"]("bf16"), None, tmp_path))
+    cubins |= dict(compiled(V3["route_sort"]("bf16"), None, tmp_path))
+    cubins |= dict(compiled(route_op("route", 512, 16, "bf16", score="softmax"), None, tmp_path))
     assert all(c.facts.spills == 0 for c in cubins.values())
     # Eight rows and what is added, 16 bytes a thread each.
     assert cubins["combine_sum 1024w4"].facts.loads["LDG.128"] >= 9

@@ -17,7 +17,7 @@ from moec.codegen.schedules import Schedule
 from moec.ir.ops.moe import SortByExpert
 from moec.ir.types import DTYPES
 from tests.codegen.interpreted import FOLDER, call, close, folder, normal, poisoned, routings
-from tests.codegen.triton_kernels import combine_op, grouped_op, sort_op, source
+from tests.codegen.triton_kernels import combine_op, grouped_op, route_op, sort_op, source
 
 __all__ = ["folder", "poisoned"]  # fixtures, which pytest finds by name
 
@@ -145,6 +145,41 @@ def test_sort_of_many_slots(low: int, high: int, experts: int) -> None:
     slot, off = call(op, source(op), FOLDER["kernels"], ids)
     expected_slot, expected_off = SortByExpert.reference(ids, experts=experts)
     assert torch.equal(slot, expected_slot) and torch.equal(off, expected_off)
+
+
+@given(st.data(), st.sampled_from(["route", "route_sort"]), st.sampled_from([0, 1, 7]))
+def test_route(data: st.DataObject, name: str, tokens: int) -> None:
+    """Every router, many ties, NaN, experts and groups that are no power of two."""
+    groups, size = data.draw(st.sampled_from([(1, 1), (1, 5), (1, 60), (1, 256), (3, 2), (5, 3), (8, 32)]))
+    kept = data.draw(st.integers(1, groups))
+    experts, score = groups * size, data.draw(st.sampled_from(["softmax", "sigmoid"]))
+    attrs: dict[str, Any] = {"score": score, "renorm": data.draw(st.booleans())}
+    if groups > 1:
+        attrs |= {
+            "groups": groups,
+            "topk_groups": kept,
+            "group_score": data.draw(st.sampled_from(["max", "top2sum"])),
+        }
+        attrs["masked"] = data.draw(st.sampled_from(["zero", "neginf"]))
+    attrs |= {
+        "scale": data.draw(st.sampled_from([1.0, 2.5])),
+        "shared": data.draw(st.sampled_from([0, 0, 3])),
+    }
+    k = data.draw(st.integers(1, min(kept * size, 17)))
+    bias = data.draw(st.booleans())
+    dtype = data.draw(FLOATS)
+    op = route_op(name, experts, k, dtype, bias, **attrs)
+    # Steps far apart: what PyTorch and Triton round differently turns no choice, and many scores are equal.
+    logits = (normal(data.draw(st.integers(0, 99)), tokens, experts, dtype=torch.float32) * 2).round() / 2
+    if tokens > 1 and data.draw(st.booleans()):
+        logits[1, experts // 2] = torch.nan
+    logits = logits.to(DTYPES[dtype].torch)
+    operands = [logits, (normal(3, experts, dtype=torch.float32) * 4).round() / 4 if bias else None]
+    found = call(op, source(op), FOLDER["kernels"], *operands)
+    expected = type(op).reference(*operands, **op.attrs)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6, equal_nan=True)
+    for have, want in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(have, want)
 
 
 @given(

@@ -86,6 +86,17 @@ def sort_op(k: int, experts: int) -> Op:
     return op([f"%id: i32[T,{k}]"], text, f"i32[{k}*T~{experts}], i32[{experts + 1}]")
 
 
+def route_op(name: str, experts: int, k: int, dtype: str = "f32", bias: bool = False, **attrs: Any) -> Op:
+    """``route`` or ``route_sort`` of logits and a bias of these."""
+    shared = attrs.get("shared", 0)
+    args = [f"%logits: {dtype}[T,{experts}]", *([f"%bias: f32[{experts}]"] if bias else [])]
+    given = ", ".join(f"{key}={str(v).lower()}" for key, v in sorted({"k": k, **attrs}.items()))
+    width, every = k + shared, experts + shared
+    type = f"{attrs.get('dtype', 'f32')}[T,{width}], i32[T,{width}]"
+    type += f", i32[{width}*T~{every}], i32[{every + 1}]" if name == "route_sort" else ""
+    return op(args, f"{name}(%logits{', %bias' if bias else ''}) {{{given}}}", type)
+
+
 def op(args: list[str], line: str, type: str) -> Op:
     types = type.split(", ")
     names = ", ".join(f"%y{i}" for i in range(len(types)))
