@@ -45,12 +45,13 @@ from moec.passes.manager import Pass, register
 from moec.passes.pattern import ANY, Match, P, Rules, maybe
 
 DTYPES = (bf16, f16, f32)
+# Beyond, one program's registers don't hold a token's scores; the sort alone still has a kernel then.
+MOST_EXPERTS = 1024
 
 
 @dataclass(frozen=True)
 class Options:
-    # Router, top-k and sort as one op, too. It has no kernel of its own on GPUs yet, where the sort has one.
-    route_sort: bool = False
+    route_sort: bool = False  # router, top-k and sort as one op, too
 
 
 # Conditions: "" or why not.
@@ -71,7 +72,9 @@ def tiles_of_rows(m: Match) -> str:
 def every_expert(m: Match) -> str:
     scored, shared = m["route"].logits.type.shape[1], m["route"].attrs["shared"]
     sorted = m.root.attrs["experts"]
-    return "" if scored + shared == sorted else f"the router knows {scored + shared} experts, not {sorted}"
+    if scored + shared != sorted:
+        return f"the router knows {scored + shared} experts, not {sorted}"
+    return "" if sorted <= MOST_EXPERTS else f"{sorted} experts are more than {MOST_EXPERTS}"
 
 
 # Rewrites.

@@ -58,7 +58,7 @@ def test_its_kernels_are_compiled_and_described(built: moec.Built) -> None:
 
 def test_a_fused_op_is_one_call(built: moec.Built) -> None:
     code = (built.path / "model.py").read_text(encoding="utf-8")
-    for call in ("sort_by_expert(", "gather_grouped_linear(", "grouped_linear(h,", "combine("):
+    for call in ("route_sort(", "gather_grouped_linear(", "grouped_linear(h,", "combine("):
         assert code.count(f"= {call}") == 1
     assert "mlp_in[" not in code and "swiglu(gu)" in code  # the shared expert's; the routed ones' is fused
 

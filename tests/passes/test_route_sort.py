@@ -98,6 +98,12 @@ MISSES: list[tuple[list[tuple[str, str]], str]] = [
 ]
 
 
+def test_more_experts_than_its_kernel_takes() -> None:
+    big = [("f32[N,6]", "f32[N,1200]"), ("$b: f32[6]", "$b: f32[1200]"), ("experts=7", "experts=1201")]
+    runs = run(FUSE, block(*big, ("i32[3*N~7], i32[8]", "i32[3*N~1201], i32[1202]")))
+    assert reasons(runs, "route-sort") == ["1201 experts are more than 1024"]
+
+
 @pytest.mark.parametrize(("edits", "reason"), MISSES, ids=[why for _, why in MISSES])
 def test_near_miss(edits: list[tuple[str, str]], reason: str) -> None:
     runs = run(FUSE, block(*edits))
@@ -106,9 +112,10 @@ def test_near_miss(edits: list[tuple[str, str]], reason: str) -> None:
     assert runs[0].misses[-1]["line"] == "mine.py:4"
 
 
-def test_it_waits_for_its_kernel() -> None:
-    """On GPUs the sort has a kernel, which PyTorch must not replace."""
-    assert not any(p.options.route_sort for p in pipeline(3, "sm_90a") if p.name == "permute-fusion")
+def test_where_it_runs() -> None:
+    """Only where it was asked for: on the GPU targets, which have a kernel for it."""
+    (fusing,) = [p for p in pipeline(2, "sm_90a") if p.name == "permute-fusion"]
+    assert fusing.options.route_sort
     assert not run("permute-fusion", block())[0].fired
 
 
