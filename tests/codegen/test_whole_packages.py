@@ -51,7 +51,8 @@ def package_outcome(model: moec.LanguageModel, run: Run) -> tuple[Outcome, KVCac
 
 def rows_flipped(a: Outcome, b: Outcome) -> int:
     """Tokens that go to other experts in one of the two, over all routers."""
-    return sum(int((x[2] != y[2]).any(1).sum()) for x, y in zip(a.choices, b.choices, strict=True))
+    pairs = [(x[2], y[2][:, : x[2].shape[1]]) for x, y in zip(a.choices, b.choices, strict=True)]
+    return sum(int((x != y).any(1).sum()) for x, y in pairs)
 
 
 def compare(expected: Outcome, found: Outcome, cache: KVCache, pages: int, what: str) -> None:

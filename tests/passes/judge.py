@@ -46,12 +46,15 @@ class Pinned(Interpreter):
         if op.name not in ROUTERS:
             return results
         w, id, *sorted_ = results
-        self.noted.append((operands[0], w, id))
+        k = op.attrs["k"]  # behind these are experts that every token takes
+        self.noted.append((operands[0], w[:, :k], id[:, :k]))
         if self.choices is None:
             return results
-        _, w, id = self.choices[len(self.noted) - 1]
+        _, pinned_w, pinned_id = self.choices[len(self.noted) - 1]
+        w = torch.cat([pinned_w[:, :k].to(w.dtype), w[:, k:]], dim=1)
+        id = torch.cat([pinned_id[:, :k].to(id.dtype), id[:, k:]], dim=1)
         if sorted_:
-            experts = operands[0].shape[1]
+            experts = operands[0].shape[1] + op.attrs["shared"]
             sorted_ = list(SortByExpert.reference(id, experts=experts))
         return (w, id, *sorted_)
 
