@@ -186,13 +186,7 @@ class FunctionEmitter:
     def _drop(self, values: list[Value]) -> None:
         """Lets go of memory that the plan gives to what follows: every name of it has to go."""
         names = [self.names[v] for v in values]
-        carried_on = {
-            self.names[r]
-            for op in self.function.ops
-            if isinstance(op, Loop)
-            for r in op.results
-            if r in self.names
-        }
+        carried_on = {self.names[r] for op in self.function.loops() for r in op.results if r in self.names}
         for line in wrap(", ".join(n for n in names if n not in carried_on), WIDTH - 8):
             self.lines.append(f"del {line.removesuffix(',')}")
 

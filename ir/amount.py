@@ -38,7 +38,11 @@ class Amount:
         terms = dict(self.terms)
         for monomial, factor in other.terms.items():
             terms[monomial] = terms.get(monomial, 0) + factor
-        return Amount(terms)
+        return Amount({m: factor for m, factor in terms.items() if factor})
+
+    def __sub__(self, part: Amount) -> Amount:
+        """Without what is a part of it; or a difference, to be added to what has the part."""
+        return self + Amount({monomial: -factor for monomial, factor in part.terms.items()})
 
     def __mul__(self, times: float) -> Amount:
         """Rounded up."""

@@ -150,13 +150,14 @@ def lifetimes(function: Function, bodies: dict[str, list[Escape]] | None = None)
         last = max((place.get(user, len(ops)) for user in function.users(value)), default=0)
         for held in held_by:
             held.last = max(held.last, last)
+    alone = without_views(found)
     for held in found:
-        held.after = _counted_in_body(held, found, function)
+        held.after = _counted_in_body(held, alone, function)
         held.end = held.last + 1
     return found
 
 
-def _counted_in_body(result: Held, found: list[Held], function: Function) -> bool:
+def _counted_in_body(result: Held, alone: dict[Value, Held], function: Function) -> bool:
     """Whether a loop's result lies beside nothing while the loop runs.
 
     Of one run it is the body's own. Of several each takes the place of the one before, and the first that of
@@ -165,14 +166,19 @@ def _counted_in_body(result: Held, found: list[Held], function: Function) -> boo
     op = result.value.op
     if not isinstance(op, Loop):
         return False
-    taken = taken_over(op, result.value.index, found, function)
+    taken = taken_over(op, result.value.index, alone, function)
     return len(op.range) == 1 or (taken is not None and taken.size == result.size)
 
 
-def taken_over(op: Loop, number: int, found: list[Held], function: Function) -> Held | None:
+def without_views(found: list[Held]) -> dict[Value, Held]:
+    """What is held for one value alone, by that value."""
+    return {h.names[0]: h for h in found if len(h.names) == 1}
+
+
+def taken_over(op: Loop, number: int, alone: dict[Value, Held], function: Function) -> Held | None:
     """The memory of a loop's carried operand, where only the loop holds it: gone after the first run."""
     value = op.operands[number]
-    held = next((h for h in found if h.names == [value]), None) if value is not None else None
+    held = alone.get(value) if value is not None else None
     return held if held is not None and len(function.uses(held.value)) == 1 else None
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import networkx as nx
 
 from moec.ir.amount import NOTHING, Amount, Sizes, largest, total
 from moec.ir.graph import ENTRIES, Function, Module
-from moec.ir.lifetimes import Escape, Held, escapes, lifetimes, rows_at_most, taken_over
+from moec.ir.lifetimes import Escape, Held, escapes, lifetimes, rows_at_most, taken_over, without_views
 from moec.ir.ops.control import Loop
 from moec.ir.records import Records
 from moec.ir.sizes import complete, symbols
@@ -53,14 +54,20 @@ class FunctionPlan:
         """What is held while op ``i`` runs."""
         return [h for h in self.held if h.at(i)]
 
-    def needs(self, i: int) -> list[Amount]:
-        """What op ``i`` needs in all: one of these is the most."""
-        own = total(h.size for h in self.at(i)) + self.workspace[i]
+    def needs(self, i: int, held: Amount | None = None) -> list[Amount]:
+        """What op ``i`` needs in all, for who knows what is ``held`` then: one of these is the most."""
+        own = (total(h.size for h in self.at(i)) if held is None else held) + self.workspace[i]
         return [own.subs(part) + body for part in self.parts for body in self.body[i] or [NOTHING]]
 
     def peaks(self) -> list[Amount]:
         """What the function needs: one of these is the most."""
-        return largest(need for i in range(len(self.workspace)) for need in self.needs(i))
+        change = [NOTHING] * (len(self.workspace) + 1)
+        for h in self.held:
+            if h.first + h.after < h.end:
+                change[h.first + h.after] += h.size
+                change[min(h.end, len(self.workspace))] -= h.size
+        held = accumulate(change[:-1])
+        return largest(need for i, now in enumerate(held) for need in self.needs(i, now))
 
 
 @dataclass
@@ -158,8 +165,9 @@ def plan_memory(module: Module, records: Records, target: str = "") -> MemoryPla
         each.parts = parts
     plan = MemoryPlan(module, plans, prefill)
     plan.sum_up()  # with each value until its last use
+    numbers = plan.numbers(prefill)
     for each in plans.values():
-        each.buffers = share_buffers(each.held, plan.numbers(prefill))
+        each.buffers = share_buffers(each.held, numbers)
     _decide_drops(
         plan, [Sizes(sizes | numbers_of(part, sizes)) for sizes in (prefill, decode) for part in parts]
     )
@@ -253,19 +261,29 @@ def _drops_of(plan: FunctionPlan, budgets: dict[str, list[float]], points: list[
         h: max((p[h.size] / b for p, b in zip(points, budget, strict=True) if b > 0), default=0.0)
         for h in plan.held
     }
-    ops = plan.function.ops
-    alive: list[Held] = []
+    ops, alone = plan.function.ops, without_views(plan.held)
+    starting: dict[int, list[Held]] = {}
+    for h in plan.held:
+        starting.setdefault(h.first + h.after, []).append(h)
+    alive: dict[Held, None] = {}
+    living = [0.0 for _ in points]  # bytes of what is alive
+
+    def end(h: Held) -> list[float]:
+        del alive[h]
+        return [n - p[h.size] for n, p in zip(living, points, strict=True)]
+
     for i, op in enumerate(ops):
-        alive += [h for h in plan.held if h.first + h.after == i]
-        beside = [p[plan.workspace[i]] for p in points]
-        held = [sum(p[h.size] for h in alive) + b for p, b in zip(points, beside, strict=True)]
+        for h in starting.get(i, []):
+            alive[h] = None
+            living = [n + p[h.size] for n, p in zip(living, points, strict=True)]
+        held = [n + p[plan.workspace[i]] for n, p in zip(living, points, strict=True)]
         inner = [p.most(plan.body[i]) for p in points]
         if any(h + n > b for h, n, b in zip(held, inner, budget, strict=True)):
             # All that is dead at once: one line now rather than one before each op from here on.
             dropped = [h for h in alive if h.last < i and share[h] >= WORTH]
             for each in dropped:
                 each.end = i
-                alive.remove(each)
+                living = end(each)
                 held = [h - p[each.size] for h, p in zip(held, points, strict=True)]
             plan.drops |= {i: dropped} if dropped else {}
         if isinstance(op, Loop):
@@ -273,7 +291,7 @@ def _drops_of(plan: FunctionPlan, budgets: dict[str, list[float]], points: list[
             known = budgets.get(op.callee, left)
             budgets[op.callee] = [min(a, b) for a, b in zip(known, left, strict=True)]
             for number in range(op.carry):  # the results get the names of what was carried in
-                if (taken := taken_over(op, number, plan.held, plan.function)) in alive:
-                    alive.remove(taken)
+                if (taken := taken_over(op, number, alone, plan.function)) in alive:
+                    living = end(taken)
     for each in alive:
         each.end = len(ops)
