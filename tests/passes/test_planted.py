@@ -19,6 +19,7 @@ from moec.passes import (
     cleanup,
     decode_entry,
     expert_grouping,
+    fp8_cast,
     loading,
     merge_projections,
 )
@@ -78,11 +79,28 @@ def forget_attributes(patch: Patch) -> None:
     patch.setattr(decode_entry._Clones, "_attrs", attrs)
 
 
+def confuse_weights(patch: Patch) -> None:
+    """Weights of one shape are taken for one."""
+    known: dict[Any, Any] = {}
+    weight = fp8_cast.FP8Cast._weight
+
+    def confused(it: Any, m: Match, w: Any) -> Any:
+        key = (m.function, w.type)
+        if key not in known:
+            known[key] = weight(it, m, w)
+        return known[key]
+
+    patch.setattr(fp8_cast.FP8Cast, "_weight", confused)
+
+
+# Passes that round: the largest error that may be theirs. Such a one may turn a router's choice: no router.
+ROUND = {"fp8-cast": 0.2}
 # By pass: what is done before it, and the mistake.
 PLANTED: dict[str, tuple[str, Plant]] = {
     "canonicalise": ("expert-grouping", ignore_attributes),
     "decode-entry": ("canonicalise,mla-absorb{absorb_below=9},canonicalise", forget_attributes),
     "expert-grouping": ("canonicalise", swap_parts(expert_grouping)),
+    "fp8-cast": ("canonicalise", confuse_weights),
     "merge-projections": ("canonicalise", swap_parts(merge_projections)),
     "mla-absorb": ("canonicalise", spoil("latent_attention", scale=lambda scale: 1.0)),
     "norm-fusion": ("canonicalise", spoil("add_rms_norm", eps=lambda eps: 1.0)),
@@ -98,22 +116,22 @@ PLANTED: dict[str, tuple[str, Plant]] = {
 REGISTERED = sorted(name for name, cls in PASSES.items() if cls.__module__.startswith("moec.passes."))
 
 
-def model() -> models.Model:
+def model(routers: bool) -> models.Model:
     """Something for every pass: two kinds of attention and of rotation, experts, shared ones, FP8."""
     latent = models.MLA(2, 8, 8, 8, 8, 8, models.RoPE(100.0, "interleaved"))
     grouped = models.GQA(2, 2, 8, models.RoPE(10000.0, "half"), qk_norm="head")
     router = models.Router(4, 2, score="sigmoid", renorm=True, scale=2.5, bias=True)
     routed = models.MoE(router, models.Experts(4, 8), models.SwiGLU(8, name="shared_experts"))
     layers = [
-        models.Decoder(latent, routed),
+        models.Decoder(latent, routed if routers else models.SwiGLU(16)),
         models.Decoder(grouped, models.SwiGLU(8)),
-        models.Decoder(latent, routed),
+        models.Decoder(latent, routed if routers else models.SwiGLU(16)),
     ]
     fp8 = models.BlockFP8((4, 4))
     return models.Model(13, 16, layers, dtype="f32", page=2, max_positions=32, quantization=fp8)
 
 
-def oracle(module: Module, weights: dict[str, torch.Tensor]) -> Oracle:
+def oracle(module: Module, weights: dict[str, torch.Tensor], tolerance: float) -> Oracle:
     """Two sequences of five new tokens and three."""
     counts, pages = (5, 3), torch.tensor([[4, 0, 2], [5, 1, 3]], dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in counts])
@@ -131,18 +149,16 @@ def oracle(module: Module, weights: dict[str, torch.Tensor]) -> Oracle:
     ]
     interpreter = Interpreter(module, weights)
     types = [a.type for a in module["step"].args if isinstance(a.type, CacheType)]
-    return Oracle(
-        {"step": [*batch, *(interpreter.new_cache(t, 3, 6) for t in types)]}, weights, tolerance=1e-5
-    )
+    return Oracle({"step": [*batch, *(interpreter.new_cache(t, 3, 6) for t in types)]}, weights, tolerance)
 
 
 def prepared(name: str) -> tuple[Module, Pass, Oracle]:
-    module = models.lower(model())
+    module = models.lower(model(routers=name not in ROUND))
     weights = checkpoint(module, Run((), 6, seed=0, ties=False, all_to=None))
     for each in parse_pipeline(PLANTED[name][0]) if PLANTED[name][0] else []:
         each.run(module)
     (it,) = parse_pipeline(name)
-    return module, it, oracle(module, weights)
+    return module, it, oracle(module, weights, ROUND.get(name, 1e-5))
 
 
 @pytest.mark.parametrize("name", REGISTERED)
