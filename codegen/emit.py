@@ -135,6 +135,7 @@ class FunctionEmitter:
         self.names = Names(PYTHON | {*functions.values(), *kernels.names})
         self.placed: dict[Value, str] = {}  # of load-time values, the parameters that they have become
         self.used: set[str] = set()  # kernels called
+        self.dropped: set[str] = set()  # names let go of
         self.lines: list[str] = []
 
     def emit(self) -> PythonFunction:
@@ -184,10 +185,15 @@ class FunctionEmitter:
             self._assign(op, *self._expression(op, operands))
 
     def _drop(self, values: list[Value]) -> None:
-        """Lets go of memory that the plan gives to what follows: every name of it has to go."""
-        names = [self.names[v] for v in values]
+        """Lets go of memory that the plan gives to what follows: every name of it has to go.
+
+        What may lie in either of two memories, as merged rows do, is a name of both and goes once.
+        """
         carried_on = {self.names[r] for op in self.function.loops() for r in op.results if r in self.names}
-        for line in wrap(", ".join(n for n in names if n not in carried_on), WIDTH - 8):
+        names = dict.fromkeys(self.names[v] for v in values)
+        names = dict.fromkeys(n for n in names if n not in carried_on | self.dropped)
+        self.dropped |= names.keys()
+        for line in wrap(", ".join(names), WIDTH - 8):
             self.lines.append(f"del {line.removesuffix(',')}")
 
     def _bind(self, op: Bind, value: str) -> None:
