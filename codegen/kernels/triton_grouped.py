@@ -1,4 +1,4 @@
-"""The experts' products on GPUs: ``gather_grouped_linear`` and ``grouped_linear``, in two forms each."""
+"""Products on GPUs, in two forms each: the experts', of floats or in fp8, and ``linear`` in fp8."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Flags:
     columns: int
     depth: int
     dtype: str
+    dense: bool  # all rows are multiplied by one matrix
     gather: bool  # rows are tokens, read by slot
     per_row: int
     swiglu: bool
@@ -60,7 +61,7 @@ class FormOfKernel:
 def problem(op: Op) -> Problem:
     """The product of ``op``, as the schedules' models see it."""
     w = tensor(op.operands[1])
-    experts, rows, depth = w.shape
+    experts, rows, depth = w.shape if w.rank == 3 else (1, *w.shape)
     matrices = 2 if op.attrs.get("epilogue") == "swiglu" else 1
     return Problem(
         experts=experts,
@@ -96,10 +97,10 @@ def scaled_reasons(op: Op) -> list[str]:
 
 def _reasons_against_sizes(op: Op) -> list[str]:
     w = tensor(op.operands[1])
-    found = not_static(E=w.shape[0], N=w.shape[1], K=w.shape[2])
-    if not found and w.shape[2] * w.dtype.bits // 8 % 4:
+    found = not_static(**dict(zip("ENK"[-w.rank :], w.shape, strict=True)))
+    if not found and w.shape[-1] * w.dtype.bits // 8 % 4:
         # No copy to shared memory is smaller than 4 bytes.
-        found = [f"K is {w.shape[2]}: rows of {w.dtype} don't start at multiples of 4 bytes"]
+        found = [f"K is {w.shape[-1]}: rows of {w.dtype} don't start at multiples of 4 bytes"]
     return found
 
 
@@ -135,14 +136,15 @@ def constants_of(op: Op, device: GPU, rungs: list[tuple[float, Schedule]]) -> di
 
 def _form(op: Op, device: GPU, form: str, schedules: tuple[Schedule, ...]) -> FormOfKernel:
     p = problem(op)
-    gather = p.gathered
+    dense, gather = op.name == "linear", p.gathered
     x, w, y = tensor(op.operands[0]), tensor(op.operands[1]), tensor(op.results[0])
-    slot = op.operands[2 if gather else 3]
+    slot = None if dense else op.operands[2 if gather else 3]
     flags = Flags(
         experts=p.experts,
         columns=p.columns,
         depth=p.depth,
         dtype=p.dtype,
+        dense=dense,
         gather=gather,
         per_row=op.attrs.get("per_row", 1),
         swiglu=p.matrices == 2,
@@ -155,7 +157,7 @@ def _form(op: Op, device: GPU, form: str, schedules: tuple[Schedule, ...]) -> Fo
         k_tail=any(p.depth % s.block_k for s in schedules),
         n_tail=any(p.columns % s.block_n for s in schedules),
         to=y.dtype,
-        scales=scales(x, w, p.matrices == 2, gather, max(s.block_n for s in schedules)),
+        scales=scales(x, w, p.matrices == 2, "T" if gather else "R", max(s.block_n for s in schedules)),
         quant=op.attrs["scale"] if p.quantised else "",
     )
     element = TRITON_TYPES[p.dtype]
@@ -167,21 +169,29 @@ def _form(op: Op, device: GPU, form: str, schedules: tuple[Schedule, ...]) -> Fo
         signature["w_scale"] = "*fp32"
     if slot is not None:
         signature["slot"] = pointer(tensor(slot).dtype)
-    off = tensor(op.operands[3 if gather else 2])
-    signature |= {"off": pointer(off.dtype), "y": pointer(y.dtype)}
+    if not dense:
+        signature["off"] = pointer(tensor(op.operands[3 if gather else 2]).dtype)
+    signature["y"] = pointer(y.dtype)
     if flags.quant:
         signature["y_scale"] = "*fp32"
     signature["R"] = "i32"
     return FormOfKernel(form, flags, signature_lines(signature), schedules)
 
 
+def dense_reasons(op: Op) -> list[str]:
+    """Against a product with one matrix of scaled values."""
+    return scaled_reasons(op) + (["it has a bias"] if op.operands[2] is not None else [])
+
+
 def _kernel(op: str, scaled: bool) -> TritonKernel:
+    dense = op == "linear"
+    tile = "triton/dense_tile.py.jinja" if dense else "triton/grouped_tile.py.jinja"
     return TritonKernel(
         op,
-        "triton/grouped_linear.py.jinja",
+        "triton/linear.py.jinja" if dense else "triton/grouped_linear.py.jinja",
         constants,
-        scaled_reasons if scaled else reasons,
-        helpers=("triton/grouped_tile.py.jinja", *(["triton/quantize.py.jinja"] if scaled else [])),
+        dense_reasons if dense else scaled_reasons if scaled else reasons,
+        helpers=(tile, *(["triton/quantize.py.jinja"] if scaled and not dense else [])),
         targets=tuple(name for name, device in GPUS.items() if device.fp8 or not scaled),
         ladder=lambda op, device: print_ladder(rungs(op, device)),
         name=f"triton.fp8_{op}" if scaled else "",
@@ -190,3 +200,4 @@ def _kernel(op: str, scaled: bool) -> TritonKernel:
 
 for _op in ("gather_grouped_linear", "grouped_linear"):
     register(_kernel(_op, scaled=False), _kernel(_op, scaled=True))
+register(_kernel("linear", scaled=True))

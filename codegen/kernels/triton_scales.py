@@ -41,39 +41,44 @@ class Scales:
     parts: tuple[Part, ...]
 
 
-def scales(x: TensorType, w: TensorType, swiglu: bool, gathered: bool, widest: int) -> Scales | None:
-    """For tiles of at most ``widest`` columns, a power of two; None where x and w have no scales."""
+def scales(x: TensorType, w: TensorType, swiglu: bool, rows_of_x: str, widest: int) -> Scales | None:
+    """For tiles of at most ``widest`` columns, a power of two; None where x and w have no scales.
+
+    ``rows_of_x`` names their number.
+    """
     if x.scale is None or w.scale is None:
         return None
     (x_rows, x_depth), (w_rows, w_depth) = x.scale, w.scale
-    experts, rows, depth = w.shape
+    rows, depth = w.shape[-2:]
     blocks = -(-rows // w_rows) if w_rows else 1
     firsts = {"gate": 0, "up": rows // 2} if swiglu else {"w": 0}
     uniform = w_rows == 0 or (w_rows % widest == 0 and all(first % w_rows == 0 for first in firsts.values()))
     along_k = -(-depth // K_BLOCK)
     return Scales(
-        x_shape=f"{'T' if gathered else 'R'}, {along_k if x_depth else 1}" if x_rows else "1, 1",
-        w_shape=f"{experts}, {blocks}, {along_k if w_depth else 1}",
+        x_shape=f"{rows_of_x}, {along_k if x_depth else 1}" if x_rows else "1, 1",
+        w_shape=", ".join(map(str, (*w.shape[:-2], blocks, along_k if w_depth else 1))),
         k_blocks=along_k,
         x_rows=x_rows == 1,
         x_steps=x_depth > 0,
         w_steps=w_depth > 0,
         w_uniform=uniform,
         parts=tuple(
-            Part(name, name if swiglu else "total", _index(blocks, w_rows, first, uniform))
+            Part(name, name if swiglu else "total", _index(blocks, w_rows, first, uniform, w.rank == 3))
             for name, first in firsts.items()
         ),
     )
 
 
-def _index(blocks: int, size: int, first: int, uniform: bool) -> str:
+def _index(blocks: int, size: int, first: int, uniform: bool, experts: bool) -> str:
     """Python text: the number of the block that holds a tile's first row of w, or of each row's block."""
     if size == 0:
-        return "expert"
+        return "expert" if experts else "0"
     if uniform:
-        return f"(expert * {blocks} + {f'{first // size} + ' if first else ''}n * BLOCK_N // {size})"
-    rows = f"({first} + cols)" if first else "cols"
-    return f"(expert * {blocks} + {rows}{f' // {size}' if size > 1 else ''})"
+        number = f"{f'{first // size} + ' if first else ''}n * BLOCK_N // {size}"
+    else:
+        number = f"({first} + cols)" if first else "cols"
+        number += f" // {size}" if size > 1 else ""
+    return f"({f'expert * {blocks} + ' if experts else ''}{number})"
 
 
 def reasons_against_scales(x: TensorType, w: TensorType) -> list[str]:

@@ -22,6 +22,7 @@ from tests.codegen.triton_kernels import (
     combine_op,
     fp8_op,
     grouped_op,
+    linear_op,
     load,
     quant_op,
     record,
@@ -60,6 +61,7 @@ V3_FP8 = {
         256, 2048, 7168, gather=True, per_row=8, act="silu", quant="fp32"
     ),
     "grouped_linear": lambda: fp8_op(256, 7168, 2048, scatter=True),
+    "linear": lambda: linear_op(7168, 16384),
 }
 HARD_FP8 = {
     "gelu, ue8m0": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="gelu", quant="ue8m0"),
@@ -73,6 +75,8 @@ HARD_FP8 = {
     "tails, quantised": lambda: fp8_op(60, 200, 208, gather=True, per_row=6, act="gelu", quant="fp32"),
     "pieces, quantised": lambda: fp8_op(60, 75, 200, gather=True, per_row=6, act="gelu", quant="fp32"),
     "pieces, down": lambda: fp8_op(60, 200, 76, scatter=True),
+    "dense, tails": lambda: linear_op(75, 208, ("1x128", "64x128")),
+    "dense, pieces": lambda: linear_op(200, 76, ("1x*", "1x*"), "f32"),
 }
 
 
@@ -133,6 +137,9 @@ def test_offsets_have_64_bits() -> None:
         (lambda: fp8_op(4, 16, 256, to="f64"), "f64 is none of"),
         (lambda: grouped_op("f8e5m2", 4, 16, 32, scales=("1x128", "128x128")), "f8e5m2 is not f8e4m3"),
         (lambda: grouped_op("bf16", 4, 16, 32, gather=True, quant="fp32"), "x has no scales"),
+        (lambda: linear_op(16, 32), None),
+        (lambda: linear_op(16, 32, bias=True), "it has a bias"),
+        (lambda: linear_op(16, 33), "multiples of 4 bytes"),
         (lambda: quant_op("bf16", 100), None),
         (lambda: quant_op("bf16", 100, "1x64"), "block is 1x64"),
         (lambda: quant_op("bf16", 100, "128x128"), "block is 128x128"),
@@ -206,7 +213,7 @@ def test_whole_space_on_hopper(name: str, dtype: str, tmp_path: Path) -> None:
     check_hopper(op, space(problem(op), GPUS["sm_90a"]), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gather_grouped_linear", "grouped_linear"])
+@pytest.mark.parametrize("name", ["gather_grouped_linear", "grouped_linear", "linear"])
 def test_picked_fp8_schedules_on_hopper(name: str, tmp_path: Path) -> None:
     check_hopper(V3_FP8[name](), None, tmp_path, "QGMMA")
 
@@ -222,7 +229,7 @@ def test_hard_fp8_shapes_on_hopper(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gather_grouped_linear", "grouped_linear", *HARD_FP8])
+@pytest.mark.parametrize("name", ["gather_grouped_linear", "grouped_linear", "linear", *HARD_FP8])
 def test_whole_fp8_space_on_hopper(name: str, tmp_path: Path) -> None:
     op = (V3_FP8 | HARD_FP8)[name]()
     check_hopper(op, space(problem(op), GPUS["sm_90a"]), tmp_path, "QGMMA")

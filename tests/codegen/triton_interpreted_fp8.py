@@ -19,7 +19,7 @@ from moec.ir.ops.moe import SortByExpert
 from moec.ir.scaled import Scaled, quantize
 from moec.ir.types import DTYPES, parse_block
 from tests.codegen.interpreted import FOLDER, call, close, folder, normal, poisoned, routings
-from tests.codegen.triton_kernels import combine_op, fp8_op, quant_op, sort_op, source
+from tests.codegen.triton_kernels import combine_op, fp8_op, linear_op, quant_op, sort_op, source
 
 __all__ = ["folder", "poisoned"]  # fixtures, which pytest finds by name
 
@@ -154,13 +154,13 @@ def scaled(seed: int, *shape: int, block: str) -> Scaled:
 
 
 def spoil(x: Scaled, w: Scaled, where: str) -> None:
-    """NaN in a value of x's first row, in one of its scales, or in one of the first expert's scales."""
+    """NaN in a value of x's first row, in one of its scales, or in w's first scale."""
     if where == "x" and len(x.q):
         x.q[0, 3] = torch.nan
     elif where == "x_scale" and len(x.scale):
         x.scale[0, -1] = torch.nan
     elif where == "w_scale":
-        w.scale[0, 0, -1] = torch.nan
+        w.scale.flatten(0, -2)[0, -1] = torch.nan
 
 
 @given(
@@ -232,6 +232,42 @@ def test_grouped_linear(
     op = fp8_op(experts, columns, depth, scatter=scatter, scales=scales, to=to)
     found = call(op, source(op, target, [schedule]), FOLDER["kernels"], x, w, off, places)
     close(found, type(op).reference(x, w, off, places, **op.attrs))
+
+
+@given(
+    st.sampled_from([0, 1, 5, 70]),
+    SCHEDULES,
+    TARGETS,
+    COLUMNS,
+    DEPTHS,
+    SCALES,
+    st.sampled_from(["bf16", "f32"]),
+    NANS,
+)
+def test_linear(
+    rows: int,
+    schedule: Schedule,
+    target: str,
+    columns: int,
+    depth: int,
+    scales: tuple[str, str],
+    to: str,
+    nan: str,
+) -> None:
+    x, w = scaled(5, rows, depth, block=scales[0]), scaled(6, columns, depth, block=scales[1])
+    spoil(x, w, nan)
+    op = linear_op(columns, depth, scales, to)
+    found = call(op, source(op, target, [schedule]), FOLDER["kernels"], x, w)
+    close(found, type(op).reference(x, w, **op.attrs))
+
+
+def test_linear_of_many_rows_and_axes() -> None:
+    """More row tiles than a band holds, several column tiles; x has two axes of rows."""
+    x, w = scaled(7, 3, 16 * 13, 128, block="1x128"), scaled(8, 200, 128, block="128x128")
+    op = linear_op(200, 128)
+    text = source(op, "sm_90a", [Schedule("rows", 16, 64, 128, 4, 3)])
+    found = call(op, text, FOLDER["kernels"], x, w)
+    close(found, type(op).reference(x, w, **op.attrs))
 
 
 @given(routings(), SCHEDULES, TARGETS, st.sampled_from(["fp32", "ue8m0"]), st.sampled_from([128, 200]))

@@ -68,6 +68,20 @@ def fp8_op(experts: int, columns: int, depth: int, **how: Any) -> Op:
     return grouped_op("f8e4m3", experts, columns, depth, **{"scales": ("1x128", "128x128"), **how})
 
 
+def linear_op(
+    columns: int,
+    depth: int,
+    scales: tuple[str, str] = ("1x128", "128x128"),
+    to: str = "bf16",
+    bias: bool = False,
+) -> Op:
+    """A dense product in fp8."""
+    args = [f"%x: f8e4m3[T,{depth}]@s{scales[0]}", f"%w: f8e4m3[{columns},{depth}]@s{scales[1]}"]
+    args += [f"%bias: {to}[{columns}]"] if bias else []
+    line = f"linear(%x, %w{', %bias' if bias else ''}) {{acc={to}}}"
+    return op(args, line, f"{to}[T,{columns}]")
+
+
 def quant_op(dtype: str, depth: int, block: str = "1x128", scale: str = "fp32") -> Op:
     line = f"quant(%x) {{block={block}, scale={scale}}}"
     return op([f"%x: {dtype}[T,{depth}]"], line, f"f8e4m3[T,{depth}]@s{block}")
