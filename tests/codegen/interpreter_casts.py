@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from moec.runtime.triton_mode import WRONG
+from moec.runtime.triton_mode import INEXACT, WRONG
 
 TORCH = {
     "fp32": torch.float32,
@@ -35,6 +35,7 @@ original = {
 def install() -> None:
     """Replaces the interpreter's own, once and for all; what refused these dtypes takes them then."""
     WRONG.clear()
+    INEXACT.clear()
     interpreter._convert_float = convert
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_dot = dot
