@@ -55,7 +55,7 @@ def test_an_edited_kernel_is_emitted() -> None:
         "combine",
         "gather_grouped_linear",
         "grouped_linear",
-        "sort_by_expert",
+        "route_sort",
     ]
 
 
@@ -82,7 +82,7 @@ def test_an_edited_schedule_is_emitted() -> None:
     [
         ("kernel=triton.combine", "kernel=triton.combined", UnknownKernel),
         ("kernel=triton.combine", "kernel=triton.combine, schedule=none", BadSchedule),
-        ("kernel=torch.route", "kernel=torch.route, schedule=none", BadSchedule),
+        ("kernel=triton.route_sort", "kernel=triton.route_sort, schedule=none", BadSchedule),
         (
             'grouped_linear, schedule="',
             'grouped_linear, schedule="<1 rows: rows 64x64x64; ',

@@ -15,7 +15,7 @@ from moec.ir.op import op_class
 from moec.ir.types import DTYPES, bf16, f16, f32, symbol
 from moec.runtime.manifest import flaw
 from moec.runtime.values import Scaled
-from moec.runtime.weights import _placed
+from moec.runtime.weights import _Memory, _placed
 from tests.codegen.emission import Emitted, emitted, forward
 
 N = symbol("N")
@@ -98,12 +98,12 @@ def test_a_native_weight_reaches_its_kernel_as_it_is_stored(tmp_path: Path) -> N
 def test_a_parameter_without_its_scales_is_refused() -> None:
     entry = {"shape": [2, 2], "dtype": "f8e4m3", "scale": [1, 1]}
     q, scale = torch.zeros(2, 2).to(torch.float8_e4m3fn), torch.ones(1, 1)
-    assert isinstance(_placed("w", Scaled(q, scale), entry, "cpu"), Scaled)
+    assert isinstance(_placed("w", Scaled(q, scale), entry, _Memory("cpu")), Scaled)
     for wrong in (q, Scaled(q, torch.ones(2, 1)), Scaled(q[:1], scale)):
         with pytest.raises(WeightsMisshapen, match=r"w became .* not \[2, 2\] with scales \[1, 1\]"):
-            _placed("w", wrong, entry, "cpu")
+            _placed("w", wrong, entry, _Memory("cpu"))
     with pytest.raises(WeightsMisshapen, match="with scales None"):
-        _placed("w", Scaled(q, scale), {"shape": [2, 2], "dtype": "f8e4m3"}, "cpu")
+        _placed("w", Scaled(q, scale), {"shape": [2, 2], "dtype": "f8e4m3"}, _Memory("cpu"))
 
 
 def test_a_manifest_s_scales_are_sizes(tmp_path: Path) -> None:
