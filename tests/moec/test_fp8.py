@@ -12,23 +12,21 @@ import pytest
 import torch
 
 import moec
-from moec.check import verify_package
+from moec.dumps import dumps
 from moec.errors import BadOption
 from moec.models.families import FAMILIES
 from moec.runtime.values import Scaled
 
 from .conftest import Cli
+from .routed import routed_alike, sqnr
+from .test_levels import tiny
 
 ROOT = Path(__file__).parents[2]
 PYDOC = ROOT / "examples" / "pydoc" / "checkpoint"
 FP8 = moec.BuildOptions(fp8=True)
-# Of whole tiny models with random weights, against fp32, in dB: routers choose otherwise now and then.
-FLOOR = {"deepseek-v2-tiny": 4.0, "deepseek-v3-tiny": 8.0}
-
-
-def sqnr(exact: torch.Tensor, got: torch.Tensor) -> float:
-    noise = (got.double() - exact.double()).square().sum()
-    return float(10 * torch.log10(exact.double().square().sum() / noise))
+# Of whole tiny models with random weights, against fp32 routed alike, in dB: about 2 below what was measured.
+FLOOR = {"deepseek-v2-tiny": 7.5, "deepseek-v3-tiny": 10.5}
+OTHERS = 12.5
 
 
 @pytest.mark.parametrize("tiny", sorted({family.tiny for family in FAMILIES.values()}))
@@ -36,22 +34,14 @@ def test_a_whole_model_for_cpu(tiny: str, tmp_path: Path) -> None:
     plain = moec.load(moec.build(tiny, out=tmp_path / "plain", dtype="f32"), "random:0")
     built = moec.build(tiny, out=tmp_path / "fp8", dtype="f32", options=FP8)
     model = moec.load(built, "random:0")
+    assert isinstance(model, moec.LanguageModel)
     assert built.manifest["fp8"] == "fp8-cast" and any(isinstance(w, Scaled) for w in model.weights.values())
     assert model.weights.nbytes < 0.6 * plain.weights.nbytes
-    ids = torch.arange(40).view(2, 20) % plain.vocab
-    assert sqnr(plain(ids), model(ids)) > FLOOR.get(tiny, 12.0)
+    alike, otherwise = routed_alike(built.path, model, torch.arange(40).view(1, 40) % plain.vocab)
+    assert alike > FLOOR.get(tiny, OTHERS), "the price of fp8, without that of other experts"
+    assert otherwise <= alike + 0.1
     kernels = "".join(p.read_text(encoding="utf-8") for p in (built.path / "kernels").glob("*.py"))
     assert "An emulation, not an fp8 kernel" in kernels
-
-
-def test_the_package_computes_what_its_ir_says(tmp_path: Path) -> None:
-    built = moec.build("llama-tiny", out=tmp_path / "fp8", options=FP8)
-    verdict = verify_package(built.path, "random:0", tokens=6, decode=1)
-    assert verdict.ok
-    file = built.path / "kernels" / "quant.py"
-    source = file.read_text(encoding="utf-8")
-    file.write_text(source.replace("/ 448", "/ 900"), encoding="utf-8")  # half of the range saturates
-    assert not verify_package(built.path, "random:0", tokens=6, decode=1, allow_edited=True).ok
 
 
 def test_the_example_goes_on_writing_in_fp8(tmp_path: Path) -> None:
@@ -98,26 +88,35 @@ def test_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
 
 
 INTERPRET = """
-import sys, torch, moec
-plain = moec.load(sys.argv[1], "random:0")
-model = moec.load(sys.argv[2], "random:0", device="interpret")
-ids = torch.arange(5).view(1, 5)
-a, b = plain(ids).double(), model(ids).double()
-print(float(10 * torch.log10(a.square().sum() / (a - b).square().sum())))
+import sys, torch
+from pathlib import Path
+from tests.codegen import interpreter_casts
+from tests.moec.routed import routed_alike
+import moec
+
+interpreter_casts.install()
+package = Path(sys.argv[1])
+model = moec.load(package, "random:0", device="interpret")
+for dump in (-1, 0):
+    print(routed_alike(package, model, torch.arange(7).view(1, 7), dump)[0])
 """
 
 
-def test_a_gpu_s_package_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """f16 against the emulation for cpu: other sums turn a few roundings, and a few routers' choices."""
-    cpu = moec.build("mixtral-tiny", "cpu", tmp_path / "cpu", "f16", FP8)
-    gpu = moec.build("mixtral-tiny", "sm_90a", tmp_path / "gpu", "f16", FP8)
+@pytest.mark.parametrize(("level", "latent"), [(2, False), (3, True)])
+def test_a_gpu_s_package_in_the_interpreter(level: int, latent: bool, tmp_path: Path) -> None:
+    """f16, routed alike: its last dump but for a few roundings that other sums turn, and the naive IR."""
+    spec = tiny("f16") if latent else "mixtral-tiny"
+    options = moec.BuildOptions(fp8=True, opt_level=level)
+    package = moec.build(spec, "sm_90a", tmp_path / "gpu", "f16", options).path
+    assert not latent or "latent_attention" in dumps(package)[-1].read_text(encoding="utf-8")
     environment = {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": str(ROOT),
         "PATH": "/usr/bin:/bin",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-c", INTERPRET, str(cpu.path), str(gpu.path)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", INTERPRET, str(package)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert float(run.stdout) > 12.0
+    to_last, to_naive = map(float, run.stdout.split())
+    assert to_last > 30.0 and to_naive > 12.0, run.stdout
