@@ -12,18 +12,18 @@ from sympy.printing.str import StrPrinter
 
 from moec.ir import Module, Op
 from moec.ir.cost import expert_slots, function_cost, op_cost
+from moec.ir.graph import NEW_TOKENS
 from moec.ir.ops.control import Loop
 from moec.ir.ops.moe import Choices, ExpertProduct
 from moec.ir.roofline import Costs, Price, Runs, dtype_of, functions_run
 from moec.ir.weights import WEIGHTS
 
 TILE = 64  # rows, where no schedule says otherwise
-DECODE_TOKENS = 8  # new tokens a sequence that @decode takes
 
 
 def entries(module: Module, sizes: Mapping[str, float]) -> list[str]:
     """The functions that a step of these sizes runs: ``@decode`` where there is one and it takes so few."""
-    few = sizes.get("N", 0) <= DECODE_TOKENS * sizes.get("B", 1)
+    few = sizes.get("N", 0) <= module.bounds.get(NEW_TOKENS, 1) * sizes.get("B", 1)
     step = "decode" if "decode" in module and few else "step"
     return [name for name in (step, "forward", "head") if name in module] or [next(iter(module)).name]
 

@@ -38,6 +38,7 @@ from moec.ir.types import STATE_TYPES, as_dim, symbol
 from moec.ir.weights import decode_name
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.manager import Pass, register
+from moec.passes.pattern import Miss
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,19 @@ class DecodeEntry(Pass):
     Options = Options
 
     def run(self, module: Module) -> bool:
-        folds = [op for f in module for op in f.ops_named(SplitBatch.name) if self._all_short(op)]
-        if "step" not in module or "decode" in module or not folds:
-            return False
+        splits = [(f, op) for f in module for op in f.ops_named(SplitBatch.name)]
+        reasons = [self._not_folded(module, op) for _, op in splits]
         before = set(module.functions)
-        try:
-            _Clones(module, self.options.max_new).entry()
-        except _Unfit:
-            module.remove(*(set(module.functions) - before))
+        if "" in reasons:
+            try:
+                _Clones(module, self.options.max_new).entry()
+            except _Unfit as unfit:
+                module.remove(*(set(module.functions) - before))
+                reasons = [reason or str(unfit) for reason in reasons]
+        for (function, op), reason in zip(splits, reasons, strict=True):
+            if reason:
+                self.log.misses.append(Miss(reason, op, op.loc, "clone", function.name))
+        if "" not in reasons:
             return False
         module.bounds[NEW_TOKENS] = self.options.max_new
         self.log.fired["clone"] += len(set(module.functions) - before)
@@ -84,8 +90,16 @@ class DecodeEntry(Pass):
         tidy.run(module)
         return True
 
-    def _all_short(self, op: Op) -> bool:
-        return bool(op.attrs["below"] > self.options.max_new)
+    def _not_folded(self, module: Module, op: Op) -> str:
+        """ "" or why @decode would be no simpler for this split."""
+        if "step" not in module:
+            return "there is no @step"
+        if "decode" in module:
+            return "there is a @decode"
+        below, most = op.attrs["below"], self.options.max_new
+        if below <= most:
+            return f"of {most} new tokens a sequence may be long: that begins at {below}"
+        return ""
 
 
 class _Unfit(Exception):
@@ -115,7 +129,7 @@ class _Clones:
         if (name, kinds) not in self._done:
             clone_name = decode_name(name)
             if clone_name in self.module:
-                raise _Unfit
+                raise _Unfit(f"@{name} would be needed in two forms")
             clone = self.module.add(Function(clone_name, [(body.args[0].name, body.args[0].type)]))
             held: dict[Value, Held] = {body.args[0]: clone.args[0]}
             for arg, value in zip(body.args[1:], given, strict=True):
@@ -149,7 +163,7 @@ class _Clones:
             self._loop(clone, op, operands, held)
         elif Known.NOTHING in operands:
             if op.effects or any(isinstance(r.type, STATE_TYPES) for r in op.results):
-                raise _Unfit
+                raise _Unfit(f"{op!r} changes state by what the long part has made")
             held.update(dict.fromkeys(op.results, Known.NOTHING))
         else:
             self._copy(clone, op, [None if v is None else _value(v) for v in operands], self._attrs(op), held)
@@ -168,7 +182,7 @@ class _Clones:
     def _loop(self, clone: Function, op: Loop, operands: list[Held | None], held: dict[Value, Held]) -> None:
         given = tuple(v for v in operands if v is not None)
         if any(isinstance(v, Known) for v in given[: op.carry]):
-            raise _Unfit
+            raise _Unfit(f"{op!r} carries rows of one part from layer to layer")
         attrs = op.attrs | {"callee": self.body(op.callee, given)}
         self._copy(clone, op, [v for v in given if isinstance(v, Value)], attrs, held)
 
@@ -197,5 +211,5 @@ class _Clones:
 
 def _value(held: Held | None) -> Value:
     if not isinstance(held, Value):
-        raise _Unfit
+        raise _Unfit("what the long part has made is needed elsewhere than in merge_rows")
     return held

@@ -91,13 +91,25 @@ def parse_pipeline(text: str) -> list[Pass]:
     return passes
 
 
-def check_order(passes: Sequence[Pass]) -> None:
+def check_order(passes: Sequence[Pass | type[Pass]]) -> None:
     """Raises BadOption where a pass runs after one of a higher phase, whose work it could undo."""
     for before, after in pairwise(passes):
         if after.phase < before.phase:
             raise BadOption(
                 f"{after.name} (phase {after.phase}) can't run after {before.name} (phase {before.phase})"
             )
+
+
+def check_history(passes: Sequence[Pass], module: Module) -> None:
+    """Raises BadOption where a dump's header says that a pass of a higher phase has run already: what that
+    one left (a kernel, a buffer, a further entry) would not be true of the result.
+    """
+    names = [each.split("{")[0] for each in split_top(module.ran)]
+    ran = [PASSES[name] for name in names if name in PASSES]
+    try:
+        check_order([*ran[-1:], *passes[:1]])
+    except BadOption as error:
+        raise error.note(f"{ran[-1].name} has run on this module: take a dump from before it") from None
 
 
 def print_pipeline(passes: Iterable[Pass]) -> str:
@@ -172,6 +184,7 @@ class PassManager:
 
     def run(self, module: Module) -> list[PassRun]:
         """Rewrites ``module`` in place. An error names the pass and how to run it again alone."""
+        check_history(self.passes, module)
         verify(module)
         history = _History(self.passes, module) if self._keeps_history(module) else None
         for instrument in self.instruments:

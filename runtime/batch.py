@@ -69,6 +69,8 @@ class Batch:
                     )
         if self.max_new is not None:
             object.__setattr__(self, "max_new", whole("batch.max_new", self.max_new))
+            if self.max_new < 0:
+                raise BadInput(f"batch.max_new is {self.max_new}; it must be a number, 0 or more")
         if sizes["C"] != sizes["B"] + 1:
             raise BadInput(
                 f"batch.cu_seqlens has {sizes['C']} entries for {sizes['B']} sequences: one more is needed"

@@ -136,9 +136,12 @@ class LanguageModel(Loaded):
     def hidden(self, batch: Batch, cache: KVCache, entry: str | None = None) -> torch.Tensor:
         """One step's final hidden states [N, hidden]; the batch's entries are in the cache afterwards.
 
-        ``entry`` asks for ``step`` or ``decode``; both compute the same.
+        ``entry`` asks for ``step``, or for ``decode`` where the package has it; both compute the same.
+        Raises BadInput, also where the host knows that a batch is too much for ``decode``.
         """
         self._fitting(batch, cache)
+        if entry is not None:
+            self._enterable(entry, batch)
         if batch.ids.device.type == "cpu":  # its values; to read back a GPU's would stall it
             batch.check(self.vocab, self.max_positions, cache.pages, cache.page)
         pages = [cache.tensors[spec.name] for spec in self.cache_specs]
@@ -147,6 +150,16 @@ class LanguageModel(Loaded):
             run = getattr(self._code, entry or self.entry(batch))
             h: torch.Tensor = run(*inputs, *pages, self.weights)
         return h
+
+    def _enterable(self, entry: str, batch: Batch) -> None:
+        """Raises BadInput for an entry that isn't there, or takes fewer new tokens than the batch has."""
+        known = ["step", "decode"] if self._few else ["step"]
+        if entry not in known:
+            raise BadInput(f"{self.name} has no entry {entry!r} for a batch; it has {' and '.join(known)}")
+        if entry == "decode" and batch.max_new is not None and batch.max_new > self._few:
+            raise BadInput(
+                f"decode takes {self._few} new tokens of a sequence; the batch's max_new is {batch.max_new}"
+            )
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocab] of hidden states [rows, hidden]."""

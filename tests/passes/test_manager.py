@@ -300,3 +300,18 @@ def test_sqnr_of_eight_bits() -> None:
     uniform = torch.rand(100_000, generator=generator, dtype=torch.float64) * 2 - 1
     rounded = (uniform * 128).round() / 128
     assert sqnr(uniform, rounded) == pytest.approx(20 * math.log10(2 * 128), abs=0.1)
+
+
+@pytest.mark.parametrize("text", ["canonicalise", "decode-entry", "select"])
+def test_what_a_dump_has_behind_it_counts(text: str) -> None:
+    """Kernels, buffers and entries would be stale: the header says what has run."""
+    m = MoE().build()
+    m.ran = "mla-absorb{absorb_below=9},canonicalise,decode-entry{max_new=4},select,plan"
+    before = print_module(m)
+    with pytest.raises(BadOption, match="can't run after plan") as error:
+        PassManager(parse_pipeline(text)).run(m)
+    assert error.value.notes == ("plan has run on this module: take a dump from before it",)
+    assert print_module(m) == before
+    PassManager(parse_pipeline("plan")).run(m)
+    m.ran = "canonicalise,a-pass-of-another-moec"
+    PassManager(parse_pipeline(text)).run(m)

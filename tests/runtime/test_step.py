@@ -209,3 +209,94 @@ def test_a_single_token_whose_rotary_part_starts_at_an_odd_place(tmp_path: Path)
     whole = loaded(torch.tensor([[5, 3, 1]]))
     torch.testing.assert_close(loaded(torch.tensor([[5]]))[:, 0], whole[:, 0], rtol=1e-5, atol=1e-6)
     assert loaded.generate(torch.tensor([[5]]), 3).shape == (1, 4)
+
+
+# Which entry runs a batch.
+def batch_of(model: LanguageModel, new: list[int], max_new: int | None = None) -> tuple[Batch, KVCache]:
+    cache = poisoned(model)
+    batch = next_batch([CachedSequence(cache) for _ in new], [[7] * n for n in new])
+    return replace(batch, max_new=max_new), cache
+
+
+def entries_run(
+    model: LanguageModel, batch: Batch, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    found = []
+    for name in ("step", "decode"):
+        entry = getattr(model._code, name, None)
+        if entry is not None:
+            monkeypatch.setattr(model._code, name, lambda *a, n=name, e=entry: (found.append(n), e(*a))[1])
+    model.step(batch, cache)
+    monkeypatch.undo()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("new", "max_new", "entry"),
+    [
+        ([8, 1, 3], None, "decode"),
+        ([1], None, "decode"),
+        ([8, 0, 8], None, "decode"),
+        ([9, 1], None, "step"),
+        ([9], None, "step"),
+        ([8, 1], 8, "decode"),
+        ([8, 1], 9, "step"),  # more than there are: the host has been told no better
+        ([1, 1], 100, "step"),
+    ],
+)
+def test_decode_runs_what_is_known_to_fit(
+    model: LanguageModel, new: list[int], max_new: int | None, entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, cache = batch_of(model, new, max_new)
+    assert model.entry(batch) == entry
+    assert entries_run(model, batch, cache, monkeypatch) == [entry]
+
+
+@pytest.mark.parametrize(("new", "fits"), [([8], True), ([3, 5], True), ([3, 6], False), ([1] * 9, False)])
+def test_of_a_batch_on_a_gpu_its_size_says_something(new: list[int], fits: bool) -> None:
+    """Nothing is read back: so few tokens in all that no sequence can have more."""
+    total, sequences = sum(new), len(new)
+
+    def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    batch = Batch(
+        ids=meta(torch.int64, total),
+        positions=meta(torch.int64, total),
+        cu_seqlens=meta(torch.int32, sequences + 1),
+        seq_lens=meta(torch.int32, sequences),
+        block_table=meta(torch.int32, sequences, 1),
+        slot_mapping=meta(torch.int64, total),
+    )
+    assert batch.adds_at_most(8) == fits
+    assert replace(batch, max_new=1).adds_at_most(8), "the caller knows"
+    assert not replace(batch, max_new=9).adds_at_most(8)
+
+
+def test_keys_and_values_have_one_entry(windowed: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, cache = batch_of(windowed, [1, 1])
+    assert entries_run(windowed, batch, cache, monkeypatch) == ["step"]
+    with pytest.raises(BadInput, match="has no entry 'decode' for a batch; it has step"):
+        windowed.hidden(batch, cache, "decode")
+
+
+def test_both_entries_compute_the_same(model: LanguageModel) -> None:
+    batch, cache = batch_of(model, [3, 8, 1])
+    same(model.hidden(batch, cache, "decode"), model.hidden(batch, cache, "step"))
+
+
+def test_a_batch_that_says_too_little_of_itself_is_refused(model: LanguageModel) -> None:
+    batch, cache = batch_of(model, [9, 1], 8)
+    with pytest.raises(BadInput, match=r"batch\.max_new is 8, but a sequence has 9 new tokens"):
+        model.step(batch, cache)
+    for wrong, message in ((-1, "must be a number, 0 or more"), ("8", "max_new")):
+        with pytest.raises(BadInput, match=message):
+            replace(batch, max_new=wrong)  # type: ignore[arg-type]
+
+
+def test_an_entry_that_takes_no_such_batch_is_refused(model: LanguageModel) -> None:
+    batch, cache = batch_of(model, [9, 1], 9)
+    with pytest.raises(BadInput, match="decode takes 8 new tokens of a sequence; the batch's max_new is 9"):
+        model.hidden(batch, cache, "decode")
+    with pytest.raises(BadInput, match="has no entry 'prefill' for a batch; it has step and decode"):
+        model.hidden(batch, cache, "prefill")
