@@ -127,6 +127,7 @@ class Pair:
 
     def _hidden(self, batch: Batch, entry: str) -> tuple[torch.Tensor, dict[int, Any]]:
         """The package's hidden states and, where they matter, its choices of experts."""
+        self.got.clear()  # each entry has to give each layer
         if self.exact or not self.model.manifest["routed_layers"]:
             return self.model.hidden(batch, self.cache, entry), {}
         with self.model.record_routing() as trace:

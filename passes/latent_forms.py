@@ -85,9 +85,13 @@ def crossover(sizes: Sizes, target: str = "") -> int:
     """The fewest new tokens of a sequence with many more cached ones for which expanding is as cheap.
 
     By the ops of both forms: for each cached entry the time that a roofline gives them on ``target``'s
-    device, or their FLOPs where there is no such device. What computes nothing (views, copies) counts as
-    free, as kernels read and write their operands' parts in place; so do costs that don't grow with the
-    entries.
+    device, or their FLOPs where there is no such device. Costs that don't grow with the entries don't count,
+    nor does what computes nothing: views, and the concat that repeats k_pe beside each head's k_nope.
+
+    That concat is a real copy where PyTorch's ``cat`` makes it. It is left out since the comparison is of two
+    forms, not of their kernels: one that reads k_nope and k_pe where they lie needs no copy, and the bound
+    shouldn't move the day there is one. With it DeepSeek-V3 on an H100 would expand from 304 new tokens on
+    (98,304 bytes an entry take 33 ns), not from 199; ``absorb_below`` takes what was measured.
 
     DeepSeek-V3 by FLOPs: 2·128 heads·(2C+R)·Sq absorbed, 2·128·((P+R+V)·Sq + C·(P+V)) expanded: 171.
     """

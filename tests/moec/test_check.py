@@ -111,6 +111,20 @@ def test_a_mistake_in_plain_attention_is_found(
     assert not verdict.ok
 
 
+@pytest.mark.parametrize("entry", ["decode", "step"])
+def test_a_mistake_in_one_entry_s_layer_is_found_there(package: Path, entry: str) -> None:
+    """Layers are compared in both; later ones read what a wrong one has left in the cache."""
+    name = "decode_layer_moe" if entry == "decode" else "layer_moe"
+    text = (package / "model.py").read_text()
+    body = text[text.index(f"def {name}(") :].partition("\n\n\n")[0]
+    (last,) = re.findall(r"x_mlp = x_attn \+ mlp", body)
+    plant(package, "model.py", body, body.replace(last, "x_mlp = x_attn - mlp"))
+    verdict = verify_package(package, "random:0", decode=1, prompts=[[1] * 9, [2, 3]])
+    wrong = [r.value for r in verdict.rows if not r.ok and r.value.endswith("layers.1")]
+    labels = ["decode 1"] if entry == "decode" else ["prefill", "mixed", "decode 1 by @step"]
+    assert wrong == [f"{label}: model.layers.1" for label in labels]
+
+
 def test_a_mistake_in_the_weights_is_found(package: Path) -> None:
     plant(
         package,

@@ -57,12 +57,12 @@ def test_the_manifest_says_what_it_was_resumed_from(dump: Path, tmp_path: Path) 
         "file": GROUPED,
         "sha256": hashlib.sha256(dump.read_bytes()).hexdigest(),
         "ran": "canonicalise,expert-grouping",
-        "passes": "mla-absorb,canonicalise,select,plan",
+        "passes": "mla-absorb,paged-attention,canonicalise,decode-entry,select,plan",
     }
     assert "resume" not in made.manifest["options"]
     assert isinstance(moec.load(made, "random:0"), moec.LanguageModel)
     rows = [json.loads(line) for line in (made.path / "events.jsonl").read_text().splitlines()]
-    assert {row["number"] for row in rows} == {3, 4, 5, 6}, "the passes keep their numbers"
+    assert {row["number"] for row in rows} == {3, 4, 5, 6, 7, 8}, "the passes keep their numbers"
 
 
 def test_an_edit_is_built_and_verify_sees_that_it_changed_the_meaning(dump: Path, tmp_path: Path) -> None:
