@@ -114,7 +114,7 @@ def test_the_command(cli: Cli, built: Path) -> None:
         "expert-grouping.gate-up at %shared.h in @layer.moe of 000_naive.moec: fired\n"
     )
     done = cli(
-        "why-not", "permute-fusion.gather-swiglu", "shared.h", "--in", built / "ir" / "004_canonicalise.moec"
+        "why-not", "permute-fusion.gather-swiglu", "shared.h", "--in", built / "ir" / "005_canonicalise.moec"
     )
     assert "would not fire" in done.out and "[swiglu.py:" in done.out
     assert "%gu comes from linear, not grouped_linear" in done.out
@@ -155,7 +155,7 @@ def test_where_to_look(cli: Cli, built: Path, tmp_path: Path, monkeypatch: pytes
 def test_diff_of_packages_and_dumps(cli: Cli, built: Path, tmp_path: Path) -> None:
     same = cli("diff", built, built, "--exit-code")
     assert (same.code, same.out, same.err) == (0, "", "")
-    dump = built / "ir" / "004_canonicalise.moec"
+    dump = built / "ir" / "005_canonicalise.moec"
     edited = tmp_path / "edited.moec"
     edited.write_text(dump.read_text().replace("scale=2.5", "scale=1.5"))
     for argv in ((dump, edited), (built, edited, "--pass", "canonicalise")):
