@@ -97,11 +97,12 @@ def _swiglu(op: Op) -> Amount:
 def _paged(op: Op) -> Amount:
     """Beside ``wide_copies``: a mask, and of entries that don't lie together the scores and a copy in fp32.
 
-    Scores are made of as many rows at once as 64 MiB hold; five such lie side by side.
+    Scores are made of one sequence at a time, of as many rows at once as 64 MiB hold: two such lie side by
+    side, and a third where there are more rows. Which entries lie together isn't known before a step.
     """
     heads, cache, entries = _type(op, 0).shape[1], _type(op, 1), symbol(op.attrs["rows"])
     pairs = _type(op, 0).shape[0] * entries
-    scores = Amount.of(sympy.Min(5 * 4 * heads * pairs, 5 << 26))
+    scores = Amount.of(sympy.Min(2 * 4 * heads * pairs, 3 << 26))
     widened = NOTHING if cache.dtype == f32 else Amount.of(4 * math.prod(cache.entry) * entries)
     return wide_copies(op) + Amount.of(pairs) + scores + widened
 

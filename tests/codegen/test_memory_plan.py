@@ -31,18 +31,25 @@ STEPS = [
     ([1, 1, 1, 1], [63, 63, 127, 10]),
     ([8], [0]),
     ([1], [63]),
+    ([48, 48], [190, 180]),
+    ([8, 8], [190, 180]),
+    ([1, 1], [190, 180]),
 ]
 # Of a step's planned peak, what is really held at least when 64 tokens are new: else the plan is vacuous. A
 # loop over experts is planned for one that gets all tokens, attention for entries that lie apart.
-TIGHT = 0.15
+TIGHT = 0.2
 
 
 def step(model: moec.LanguageModel, new: list[int], cached: list[int]) -> tuple[int, dict[str, int], Batch]:
-    """Bytes that one step holds, and its sizes: pages are read as a whole."""
+    """Bytes that one step holds, and its sizes: pages are read as a whole.
+
+    Sequences take their pages by turns, so that those of one don't lie together.
+    """
     cache = model.new_cache(1024)
     sequences = [CachedSequence(cache) for _ in new]
-    if any(cached):
-        model.hidden(next_batch(sequences, [[1] * n for n in cached]), cache)
+    for start in range(0, max(cached), cache.page):
+        more = [[1] * min(cache.page, max(0, n - start)) for n in cached]
+        model.hidden(next_batch(sequences, more), cache)
     batch = next_batch(sequences, [list(range(n)) for n in new])
     tensors = list(batch.tensors())
     pages = [cache.tensors[spec.name] for spec in model.cache_specs]
@@ -96,7 +103,11 @@ def grows_with_s(size: Amount) -> bool:
 
 
 def test_without_its_drops_a_step_holds_more(tmp_path: Path) -> None:
-    """The plan is no promise that anything would keep."""
+    """The plan is no promise that anything would keep.
+
+    At -O1, where experts are looped over. At -O2 the peak is in attention over scattered pages or in the
+    experts' sum, and the one drop there, of gathered latents, is worth less than these bounds are loose.
+    """
     built = build("deepseek-v3-tiny", tmp_path / "package", 1, "f32")
     plan = plan_memory(read_module(built.ir_files[-1]), KernelRecords())
     file = built.path / "model.py"
