@@ -45,7 +45,7 @@ def measure(target: str, out: Path) -> dict[str, Any]:
         "target": target,
         "seconds": round(seconds, 2),
         "peak_bytes": peak * (1 if sys.platform == "darwin" else 1024),
-        "parameters": sum(map(elements, manifest["parameters"])),
+        "parameters": sum(elements(e) for e in manifest["parameters"] if not e.get("view")),
         "moec": manifest["moec"],
         "python": platform.python_version(),
         "machine": platform.machine(),

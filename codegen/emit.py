@@ -14,6 +14,7 @@ from typing import Any
 from moec.codegen.kernels import KERNELS, Inline, Templated, select
 from moec.codegen.kernels.record import emits_nothing
 from moec.codegen.kernels.triton import TritonKernel, kernel_file
+from moec.codegen.parameters import VIEWS
 from moec.codegen.render import Names, identifier, prose, quote, quote_format, render_python
 from moec.errors import IRError
 from moec.ir.graph import ENTRIES, Function, Module
@@ -29,8 +30,6 @@ WIDTH = 110
 # What generated functions use beside their own names.
 PYTHON = {"params", "take", "bind", "torch", "F", "range", "map", "zip", "Scaled"}
 Drops = Mapping[int, list[Value]]
-# Load-time ops that give another view of a tensor that lies in one piece.
-VIEWS = ("reshape", "split")
 
 
 @dataclass

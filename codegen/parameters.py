@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from moec.ir.attrs import Range
 from moec.ir.graph import ENTRIES, Function, Module
-from moec.ir.op import Value
+from moec.ir.op import OpResult, Param, Value
 from moec.ir.ops.weights import Bind, Stack
 from moec.ir.types import TensorType
 from moec.ir.weights import WEIGHTS, bindings, bodies_of
 
 # What only moves elements, or writes them in another way.
 MOVES = {"stack", "concat", "split", "reshape", "cast", "scaled", "quant", "dequant", "refine"}
+
+# Of these, those that give another view of the same memory.
+VIEWS = ("reshape", "split")
 
 Scope = tuple[str, tuple[Range, ...]]
 
@@ -37,14 +40,18 @@ def manifest_tensors(module: Module) -> dict[str, list[dict[str, Any]]]:
 
     Each entry has name (``model.layers.*.mlp.gate.weight``), ranges (first and last of each ``*``), dtype,
     shape (and scale, the shape of its scales, of a scaled one) and kind: ``norm``, ``bias``, ``scale`` or
-    ``matrix``, by which random weights are drawn.
+    ``matrix``, by which random weights are drawn. A parameter that is part of another one's memory is marked
+    ``view``.
     """
     used = {key: entry for name in ENTRIES if name != WEIGHTS for key, entry in _params(module, name)}
     bound = set(_bound(module))
-    loaded = dict(_params(module, WEIGHTS))
+    loaded, views = dict(_params(module, WEIGHTS)), set(_views(module, used.keys()))
     taken = loaded | {key: entry for key, entry in used.items() if key not in bound and key not in loaded}
     return {
-        "parameters": [entry | {"bound": key in bound} for key, entry in used.items()],
+        "parameters": [
+            entry | {"bound": key in bound} | ({"view": True} if key in views else {})
+            for key, entry in used.items()
+        ],
         "checkpoint": list(taken.values()),
     }
 
@@ -86,6 +93,20 @@ def _bound(module: Module) -> Iterator[Any]:
     for function, (prefix, ranges) in _scopes(module, WEIGHTS):
         for name in bindings(function):
             yield (prefix + name, ranges)
+
+
+def _views(module: Module, used: Collection[Any]) -> Iterator[Any]:
+    """Parameters that are cut from another one's tensor, which kernels use as well."""
+    for function, (prefix, ranges) in _scopes(module, WEIGHTS):
+        made = bindings(function)
+        whole = {op.x: name for name, op in made.items()}
+        for name, op in made.items():
+            x = op.x
+            while isinstance(x, OpResult) and x.op.name in VIEWS:
+                x = x.op.operands[0]
+            of = whole.get(x) or (x.name if isinstance(x, Param) else "")
+            if x is not op.x and (prefix + of, ranges) in used:
+                yield (prefix + name, ranges)
 
 
 def _kind(module: Module, function: Function, value: Value) -> str:

@@ -36,6 +36,8 @@ def symbols(module: Module) -> list[str]:
             if isinstance(op, ExpertSlots) or hasattr(op, "shares"):
                 own.update(defined)
             found |= dict.fromkeys(defined)
+            if hasattr(op, "shares"):  # the parts' entries are of the batch's
+                found["S"] = None
     for type in types:
         found |= dict.fromkeys(_free(type))
     return sorted((name for name in found if name not in own), key=_rank)

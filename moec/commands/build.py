@@ -87,6 +87,8 @@ def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         elements = 1
         for axis in (*entry["shape"], *(last - first + 1 for first, last in entry["ranges"])):
             elements *= axis
+        if entry.get("view"):
+            continue
         count += elements
         size += elements * bits.get(entry["dtype"], 8) // 8
     found = [("parameters", f"{human(count)} ({human(size)}B)")]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 
+import moec
 from moec import models, passes
 from moec.codegen.parameters import manifest_tensors
 from moec.ir import Module
@@ -85,6 +88,16 @@ def check(m: Module) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_patterns_name_what_the_model_reads_and_uses(name: str, level: int) -> None:
     check(module(name, level))
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3-tiny", "fp8", "mixtral-tiny"])
+def test_views_are_what_takes_no_memory_of_its_own(name: str, tmp_path: Path) -> None:
+    package = moec.build(SPECS[name](), target="cpu", out=tmp_path / "p", dtype="f32")
+    model = moec.load(package, "random:0")
+    own = [e for e in model.manifest["parameters"] if not e.get("view")]
+    assert model.weights.nbytes == 4 * sum(prod(e["shape"]) * len(list(expand(e))) for e in own)
+    views = {e["name"].rpartition(".")[2] for e in model.manifest["parameters"] if e.get("view")}
+    assert views == (set() if name == "mixtral-tiny" else {"w_uk", "w_uv"})
 
 
 @given(moe_blocks())
