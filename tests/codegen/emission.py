@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moec.codegen import target, write_package
 from moec.ir import Builder, Function, Interpreter, Module, TensorType, Value, verify
+from moec.ir.op import OpResult
 from moec.ir.ops.attention import PagedCache
 from moec.ir.scaled import Scaled
 from moec.ir.types import STATE_TYPES, Type, f32, i32
@@ -72,14 +73,22 @@ def agree(
     expected = Interpreter(module, weights).run("forward", *args)
     given = [as_given(a) for a in args]
     got = iter(emitted(module, weights, *given))
-    caches = iter([a for a in given if isinstance(a, list)])
+    caches = dict(zip(module["forward"].args, given, strict=True))
     for value, want in zip(module["forward"].outputs, expected, strict=True):
         if isinstance(value.type, STATE_TYPES):
-            have = torch.stack([pages[:-1].flatten(0, 1) for pages in next(caches)])
+            pages_of = caches[written_into(value)]
+            have = torch.stack([pages[:-1].flatten(0, 1) for pages in pages_of])
             want = torch.stack(list(want.layers.values()))
         else:
             have = next(got)
         close(have, want, value, tolerance)
+
+
+def written_into(state: Value) -> Value:
+    """The argument that ``state`` is a later version of."""
+    while isinstance(state, OpResult):
+        state = next(v for v in state.op.operands if v is not None and v.type == state.type)
+    return state
 
 
 def close(have: Any, want: Any, value: Value, tolerance: float = 0.0) -> None:
