@@ -3,8 +3,8 @@
 python benchmarks/pass_time.py [--target sm_90a] [--layers 61,244,976] [--repeats 3] [--out FILE]
 
 First the model as it is, 61 layers of three kinds; then as many layers as asked for, each a function of its
-own, since no two have one eps. Prints JSON: for each stage the least of the repeats in seconds of CPU time, and
-how much longer it takes at each next number of layers (4 is linear from 61 to 244).
+own, since no two have one eps. Prints JSON: for each stage the least of the repeats in seconds of CPU time,
+and how much longer it takes at each next number of layers (4 is linear from 61 to 244).
 """
 
 from __future__ import annotations
