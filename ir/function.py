@@ -173,6 +173,26 @@ class Function:
         self._graph.add_node(arg)
         return arg
 
+    def retype(self, arg: Argument, type: Type) -> None:
+        """Gives an argument another type, and results those that follow; what runs the function, and what it
+        runs, is the caller's to change alike. Raises TypeMismatch, where an op doesn't take it, and changes
+        nothing then.
+        """
+        before: dict[Argument | OpResult, Type] = {arg: arg.type}
+        arg.type = type
+        try:
+            for op in self.ops:
+                if any(v in before for v in op.operands):
+                    inferred = op.infer()
+                    types = inferred if isinstance(inferred, tuple) else (inferred,)
+                    for res, new in zip(op.results, types, strict=True):
+                        if res.type != new:
+                            before[res], res.type = res.type, new
+        except MoecError:
+            for value, old in before.items():
+                value.type = old
+            raise
+
     def param(self, name: str, type: Type, loc: SourceLoc | None = None) -> Param:
         """The parameter of that name, made at its first use. Raises IRError where it has another type."""
         known = self.params.get(name)

@@ -59,8 +59,11 @@ class Interpreter:
     def new_cache(self, type: CacheType, layers: int, pages: int) -> PagedCache:
         """An empty cache, filled with NaN: what isn't written must not be read."""
         shape = (pages * type.page, *type.entry)
-        empty = torch.full(shape, torch.nan, dtype=type.dtype.torch)
-        return PagedCache(type.page, dict.fromkeys(range(layers), empty))
+        if type.rank:  # of these bytes e4m3, fp32 and bf16 are all NaN
+            empty = torch.full(shape, 0xFF, dtype=type.dtype.torch)
+        else:
+            empty = torch.full(shape, torch.nan, dtype=type.dtype.torch)
+        return PagedCache(type.page, dict.fromkeys(range(layers), empty), type)
 
     def _run(
         self, function: Function, args: tuple[Any, ...], scope: str, symbols: dict[Any, int]
@@ -196,6 +199,8 @@ def _found(actual: Any) -> str:
 def _check_cache(value: Value, type: CacheType, actual: Any) -> None:
     if not isinstance(actual, PagedCache):
         raise BadInput(f"{value.text} is {type} but got {actual!r}")
+    if type != actual.type and (type.quantised or (actual.type is not None and actual.type.quantised)):
+        raise BadInput(f"{value.text} is {type} but got a {actual.type or 'cache of plain entries'}")
     for layer in actual.layers.values():
         if (actual.page, tuple(layer.shape[1:]), layer.dtype) != (type.page, type.entry, type.dtype.torch):
             found = f"pages of {actual.page} entries {layer.dtype} {list(layer.shape[1:])}"

@@ -111,7 +111,7 @@ class result:
 
 
 class Value:
-    """Something an op may use. ``type`` is fixed when it is made; ``name`` is unique in its function."""
+    """Something an op may use. ``type`` changes through ``Function.retype`` only; ``name`` is unique in its function."""
 
     __slots__ = ("name", "type")
 

@@ -9,12 +9,15 @@ Text forms::
     bf16[256@ep,2048,7168]      axis 0 is split over mesh axis ep
     bf16[4096]@host             lives in host memory
     cache<bf16[576], page=64>   paged KV cache: entries of 576 elements, 64 to a page
+    cache<f8e4m3[576], page=64, scale=0.5>   the same in e4m3, times one scale (1, unless it says so)
+    cache<u8[656], page=64, rank=512>        packed: 512 elements in e4m3, 4 fp32 scales, 64 bf16
     index                       the number of a layer or an expert, inside a loop's body
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from dataclasses import dataclass, replace
@@ -75,6 +78,7 @@ DTYPES = {
         ("bool", 8, "bool"),
     ]
 }
+TILE = 128  # elements of a packed cache entry that share a scale
 _BY_TORCH = {d.torch_name: d for d in DTYPES.values()}
 f32, bf16, f16, i64, i32 = (DTYPES[n] for n in ("f32", "bf16", "f16", "i64", "i32"))
 
@@ -252,18 +256,58 @@ class CacheType:
     """A paged KV cache over all layers: SSA state, threaded through every op that reads or writes it.
 
     entry is what one token keeps in one layer (V3's MLA: the 576 latent elements); page is tokens a page.
+    Ops that write entries quantise them as the type says, those that read them undo it (``moec.ir.cached``):
+    e4m3 has one ``scale`` for all, u8 with a ``rank`` is packed, the first ``rank`` elements with their scales.
     """
 
     dtype: DType
     entry: tuple[int, ...]
     page: int
+    rank: int = 0
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.entry or min(*self.entry, self.page) < 1:
             raise IRError(f"{self}: an entry's sizes and the page must be positive")
+        if self.scale != 1.0 and (self.dtype.name != "f8e4m3" or not 0 < self.scale < math.inf):
+            raise IRError(f"{self}: a scale is positive, of entries in f8e4m3")
+        if self.rank:
+            rest = self.entry[0] - self.rank - 4 * self.tiles
+            if self.dtype.name != "u8" or len(self.entry) != 1 or self.rank < 0 or rest < 0 or rest % 2:
+                raise IRError(f"{self}: no bytes of {self.rank} elements in e4m3, their scales and bf16")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether entries are stored otherwise than they are written."""
+        return self.rank > 0 or self.dtype.name == "f8e4m3"
+
+    @property
+    def tiles(self) -> int:
+        """Scales of a packed entry."""
+        return -(-self.rank // TILE)
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """The shape of an entry as it is written and read."""
+        if not self.rank:
+            return self.entry
+        return (self.rank + (self.entry[0] - self.rank - 4 * self.tiles) // 2,)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes that an entry takes."""
+        return math.prod(self.entry) * self.dtype.bits // 8
+
+    def packed(self, rank: int) -> CacheType:
+        """The packed cache of these entries, the first ``rank`` elements of which are latent."""
+        (width,) = self.entry
+        bytes_of = rank + 4 * -(-rank // TILE) + 2 * (width - rank)
+        return CacheType(DTYPES["u8"], (bytes_of,), self.page, rank=rank)
 
     def __str__(self) -> str:
-        return f"cache<{self.dtype}[{','.join(map(str, self.entry))}], page={self.page}>"
+        form = f", rank={self.rank}" if self.rank else ""
+        form += f", scale={self.scale!r}" if self.scale != 1.0 else ""
+        return f"cache<{self.dtype}[{','.join(map(str, self.entry))}], page={self.page}{form}>"
 
 
 @dataclass(frozen=True)
@@ -288,7 +332,9 @@ Type = TensorType | CacheType | TokenType | IndexType
 STATE_TYPES = (CacheType, TokenType)
 
 _TENSOR = re.compile(r"(\w+)\[([^\]]*)\](@s(?:\d+|\*)(?:x(?:\d+|\*))*)?(?:@([A-Za-z_]\w*))?")
-_CACHE = re.compile(r"cache<(\w+)\[(\d+(?:,\d+)*)\], ?page=(\d+)>")
+_CACHE = re.compile(
+    r"cache<(\w+)\[(\d+(?:,\d+)*)\], ?page=(\d+)(?:, ?rank=([1-9]\d*))?(?:, ?scale=([\d.]+(?:e[+-]?\d+)?))?>"
+)
 _AXIS = re.compile(r"([^@~]*)(?:@([A-Za-z_]\w*))?(?:~([^@~]*))?")
 
 
@@ -301,7 +347,8 @@ def parse_type(text: str) -> Type:
         return TokenType(match[1])
     try:
         if match := _CACHE.fullmatch(text):
-            return CacheType(DTYPES[match[1]], tuple(map(int, match[2].split(","))), int(match[3]))
+            entry, rank, scale = tuple(map(int, match[2].split(","))), match[4] or 0, match[5] or 1.0
+            return CacheType(DTYPES[match[1]], entry, int(match[3]), int(rank), float(scale))
         if match := _TENSOR.fullmatch(text):
             dtype, dims, scale, space = match.groups()
             return _tensor(DTYPES[dtype], dims, scale, space)

@@ -199,8 +199,11 @@ def _verify_layer(
 
 def has_scales(module: Module) -> bool:
     """Whether a value of it, or a cache, holds 8-bit numbers with scales."""
+    caches = (a.type for f in module for a in f.args)
     values = (r.type for f in module for op in f.ops for r in op.results)
-    return any(isinstance(t, TensorType) and bool(t.scale) for t in values)
+    return any(isinstance(t, CacheType) and t.quantised for t in caches) or any(
+        isinstance(t, TensorType) and bool(t.scale) for t in values
+    )
 
 
 class Comparison:

@@ -143,9 +143,11 @@ def without_fp8(options: BuildOptions, model: Any) -> str:
     gpu = GPUS.get(options.target)
     if gpu is None or gpu.fp8 or not fp8_of(options):
         return ""
+    kept = any(p.options.chosen.kv != "off" for p in pipeline_of(options) if p.name == "fp8-cast")
     return (
         f"{gpu.name} ({gpu.stands_for}) has no fp8 units: products stay in {model.dtype}, and weights that a "
         "checkpoint stores in fp8 are dequantised when they are loaded"
+        + ("; the KV cache is kept in 8 bits all the same" if kept else "")
     )
 
 

@@ -18,6 +18,8 @@ What stays as it is, whatever the recipe: the embedding, the head, the router's 
 experts), a product of a single column (a gate), norms, softmax and attention. Of a native checkpoint also the
 weights that it stores plainly, unless ``plain=cast``.
 
+With ``kv`` the KV cache is kept in 8 bits too (``fp8_cache``).
+
 Not exact: every value is rounded to 3 bits of mantissa. For values that are normally distributed the results
 keep about 28 dB or more of signal to noise."""
 
@@ -30,6 +32,7 @@ from moec.ir.ops.moe import Route
 from moec.ir.types import bf16, f16, f32, parse_block
 from moec.ir.weights import bindings, weights_name
 from moec.passes.cleanup import drop_dead_ops
+from moec.passes.fp8_cache import cast_caches
 from moec.passes.fp8_recipes import Options, Skips
 from moec.passes.fp8_weights import Quantiser, all_native, is_native
 from moec.passes.loading import (
@@ -125,7 +128,8 @@ class FP8Cast(Pass):
         if changed:
             drop_dead_bindings(module)
             drop_dead_ops(module)
-        return self.apply(module, GATHER) or changed
+        changed = self.apply(module, GATHER) or changed
+        return cast_caches(module, self.recipe, self.log) or changed
 
     def _rules(self, op: str) -> Rules:
         if op == "linear":

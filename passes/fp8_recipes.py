@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,8 @@ from moec.ir.weights import WEIGHTS, bindings
 
 # What a recipe's ``ops`` may name.
 CASTABLE = ("linear", "grouped_linear")
+# What its ``kv`` may be.
+KV = ("off", "per-tensor", "packed")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Recipe:
     scale        fp32, or ue8m0: powers of two
     plain        weights that a native fp8 checkpoint stores plainly: keep them so, or cast them too
     skip         patterns of parameter names that stay as they are
+    kv           the KV cache: off, per-tensor (e4m3 times ``kv_scale``), or packed (latents in e4m3 with a scale
+                 for each 128 elements, what turns with the position in bf16: V3's 656 bytes)
+    kv_scale     of kv=per-tensor; entries beyond 448 times it saturate
     """
 
     ops: tuple[str, ...] = CASTABLE
@@ -35,6 +41,8 @@ class Recipe:
     scale: str = "fp32"
     plain: str = "keep"
     skip: tuple[str, ...] = ()
+    kv: str = "off"
+    kv_scale: float = 1.0
 
 
 RECIPES = {
@@ -57,6 +65,8 @@ class Options:
     scale: str | None = None
     plain: str | None = None
     skip: tuple[str, ...] | None = None
+    kv: str | None = None
+    kv_scale: float | None = None
     block: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +76,14 @@ class Options:
         if self.block is not None and self.block < 1:
             raise ValueError(f"block is {self.block}; it must be 1 or more")
         chosen = self.chosen
-        if not chosen.ops:
+        if chosen.kv not in KV:
+            hint = nearest(chosen.kv, KV) or f"; there are {', '.join(KV)}"
+            raise ValueError(f"kv={chosen.kv}: no cache is kept so{hint}")
+        if not 0 < chosen.kv_scale < math.inf:
+            raise ValueError(f"kv_scale is {chosen.kv_scale}; it must be a positive number")
+        if self.kv_scale is not None and chosen.kv != "per-tensor":
+            raise ValueError(f"kv_scale is of kv=per-tensor, not of kv={chosen.kv}")
+        if not chosen.ops and chosen.kv == "off":
             raise ValueError(f"the recipe names no op: ops are some of {', '.join(CASTABLE)}")
         for op in chosen.ops:
             if op not in CASTABLE:

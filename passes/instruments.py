@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from moec.errors import InternalError, OutputUnwritable
-from moec.ir import Interpreter, Module, Op, TensorType, print_module
+from moec.ir import CacheType, Interpreter, Module, Op, TensorType, print_module
+from moec.ir.cached import PagedCache
 from moec.ir.interp import Alter
-from moec.ir.ops.attention import PagedCache
 from moec.ir.scaled import Scaled
 from moec.ir.text import split_top
+from moec.ir.types import Type
 from moec.passes.firings import Delta, Prices, Recorder
 from moec.passes.manager import Instrument, PassRun
 
@@ -194,16 +195,22 @@ def interpret(
     outputs = {}
     if "decode" in module and "step" in inputs:
         inputs = {"decode": inputs["step"], **inputs}
-    for function, args in inputs.items():
+    for function, given in inputs.items():
+        args = [_stored(a, arg.type) for a, arg in zip(given, module[function].args, strict=True)]
         for number, got in enumerate(interpreter.run(function, *args)):
             outputs[f"{function}.{number}"] = got
     return outputs, values
 
 
+def _stored(value: Any, type: Type) -> Any:
+    """A cache as this module keeps it; anything else as it is."""
+    return value.stored_as(type) if isinstance(type, CacheType) and value.type != type else value
+
+
 def relative_error(before: Any, after: Any) -> float:
     """max |after - before| / max |before|; infinite where shapes or NaNs differ."""
     if isinstance(before, PagedCache):
-        return max((relative_error(t, after.layers[n]) for n, t in before.layers.items()), default=0.0)
+        return max((relative_error(before.meant(n), after.meant(n)) for n in before.layers), default=0.0)
     if isinstance(before, Scaled) and isinstance(after, Scaled):
         before, after = before.float(), after.float()
     if before.shape != after.shape:
@@ -226,7 +233,7 @@ def sqnr(before: Any, after: Any) -> float:
     Infinite where nothing differs (two NaNs, or two equal infinities, do not), minus infinite where shapes
     do or only one element is no finite number. Of a cache, the lowest of its layers."""
     if isinstance(before, PagedCache):
-        return min((sqnr(t, after.layers[n]) for n, t in before.layers.items()), default=math.inf)
+        return min((sqnr(before.meant(n), after.meant(n)) for n in before.layers), default=math.inf)
     if isinstance(before, Scaled) and isinstance(after, Scaled):
         before, after = before.float(), after.float()
     if before.shape != after.shape:

@@ -68,7 +68,9 @@ def absorbed(make: Make, q: Value, s: Segment, w_uk: Value, w_uv: Value, sizes: 
 
 def expanded(make: Make, q: Value, s: Segment, cu_k: Value, w: Value, sizes: Sizes, **how: Any) -> Value:
     """The same with kv_b_proj's weight [heads·(P+V), C]; ``cu_k``: offsets of the sequences' entries."""
-    latent = make("cache_read", s.cache, s.layer, s.table, s.lens, rows=s.entries, out="latent.long")
+    stored = s.cache.type
+    to = DTYPES[sizes.dtype] if isinstance(stored, CacheType) and stored.quantised else None
+    latent = make("cache_read", s.cache, s.layer, s.table, s.lens, rows=s.entries, to=to, out="latent.long")
     c, k_pe = make("split", latent, sizes=(sizes.rank, sizes.rope), out=("c.long", "k_pe.long"))
     kv = make("linear", c, w, out="kv_b.long")
     each: tuple[Dim, ...] = (symbol(s.entries), sizes.heads, sizes.nope + sizes.value)

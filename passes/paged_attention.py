@@ -44,7 +44,7 @@ def in_pages(m: Match) -> Value:
     return o
 
 
-ENTRIES = P.cache_read("cache", "layer", "table", "lens", rows=ANY).named("read")
+ENTRIES = P.cache_read("cache", "layer", "table", "lens", rows=ANY, to=ANY).named("read")
 
 RULES: Rules = {
     "paged": (

@@ -7,7 +7,7 @@ from typing import Any
 from moec.codegen.kernels import Templated, not_fp32, register, scaled
 from moec.ir.op import Op
 from moec.ir.ops.rope import rope_frequencies
-from moec.ir.types import CacheType
+from moec.ir.types import TILE, CacheType
 
 PAGED = "python/kernels/paged_attention.py.jinja"
 
@@ -58,14 +58,15 @@ def gather_grouped_linear(op: Op) -> dict[str, Any]:
 
 def _paged(op: Op) -> dict[str, Any]:
     latent, heads = op.name == "latent_attention", _shape(op, 0)[1]
-    cache = _cache(op)
+    kept = cache(op)
     attrs = {key: value for key, value in op.attrs.items() if key != "rows"}
     return attrs | {
-        **cache,
+        **kept,
+        "to": f"torch.{op.operands[0].type.dtype.torch_name}",  # type: ignore[union-attr]
         "latent": latent,
-        "stretches": f"{op.name}_stretches_{cache['page']}",  # the same for all kernels over such pages
+        "stretches": f"{op.name}_stretches_{kept['page']}",  # the same for all kernels over such pages
         "heads": heads,
-        "kv_heads": 1 if latent else cache["entry"][0] // 2,
+        "kv_heads": 1 if latent else kept["elements"][0] // 2,
         "width": _shape(op, 0)[2],
         "value_width": op.results[0].type.shape[2],  # type: ignore[union-attr]
         "wide": op.operands[0].type.dtype.bits >= 32,  # type: ignore[union-attr]
@@ -88,9 +89,19 @@ def _combine(op: Op) -> dict[str, Any]:
     }
 
 
-def _cache(op: Op) -> dict[str, Any]:
-    cache = next(v.type for v in op.operands if v is not None and isinstance(v.type, CacheType))
-    return {"page": cache.page, "entry": cache.entry}
+def cache(op: Op) -> dict[str, Any]:
+    """How entries lie in the cache, and how one of 8 bits keeps them (nothing for a plain one)."""
+    type = next(v.type for v in op.operands if v is not None and isinstance(v.type, CacheType))
+    form: dict[str, Any] = {}
+    if type.quantised:
+        rope = type.elements[0] - type.rank
+        form = {"rank": type.rank, "scale": type.scale, "tiles": type.tiles, "tile": TILE, "rope": rope}
+        form["bytes"] = type.entry_bytes
+    return {"page": type.page, "entry": type.entry, "elements": type.elements, "form": form}
+
+
+def _cache_read(op: Op) -> dict[str, Any]:
+    return cache(op) | {"to": f"torch.{op.results[0].type.dtype.torch_name}"}  # type: ignore[union-attr]
 
 
 def _fp32(op: Op) -> list[str]:
@@ -127,8 +138,8 @@ register(
     _kernel("sort_by_expert"),
     _kernel("scatter_add"),
     _kernel("combine", _combine),
-    _kernel("cache_write", _cache, in_place=0),
-    _kernel("cache_read", _cache),
+    _kernel("cache_write", cache, in_place=0),
+    _kernel("cache_read", _cache_read),
     _kernel("attention", _attention),
     Templated("paged_attention", PAGED, _paged),
     Templated("latent_attention", PAGED, _paged),

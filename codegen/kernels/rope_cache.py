@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from moec.codegen.kernels import Templated, register
+from moec.codegen.kernels.python import cache
 from moec.ir.op import Op, Value
 from moec.ir.types import TensorType, f32
 
@@ -37,7 +38,7 @@ def _norm_rope(op: Op) -> dict[str, Any]:
 
 def _kv_cache_write(op: Op) -> dict[str, Any]:
     _, _, k, _, cos, _, _, w = op.operands
-    return {"op": _heads(op, k, w, cos), "clamp_v": op.attrs["clamp_v"]}
+    return {"op": _heads(op, k, w, cos), "clamp_v": op.attrs["clamp_v"], "form": cache(op)["form"]}
 
 
 def _latent_cache_write(op: Op) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def _latent_cache_write(op: Op) -> dict[str, Any]:
         "wide_w": w.dtype == f32,
         "eps": op.attrs["eps"],
         "layout": op.attrs["layout"],
+        "form": cache(op)["form"],
     }
 
 

@@ -103,8 +103,16 @@ def _paged(op: Op) -> Amount:
     heads, cache, entries = _type(op, 0).shape[1], _type(op, 1), symbol(op.attrs["rows"])
     pairs = _type(op, 0).shape[0] * entries
     scores = Amount.of(sympy.Min(2 * 4 * heads * pairs, 3 << 26))
-    widened = NOTHING if cache.dtype == f32 else Amount.of(4 * math.prod(cache.entry) * entries)
+    copies = 0 if cache.dtype == f32 else 5 if cache.quantised else 1
+    widened = Amount.of(copies * 4 * math.prod(cache.elements) * entries)
     return wide_copies(op) + Amount.of(pairs) + scores + widened
+
+
+def _read(op: Op) -> Amount:
+    """Of a cache of 8 bits its entries as they are stored, and their numbers and scales in fp32."""
+    if not _type(op, 0).quantised:
+        return wide_copies(op)
+    return bytes_as(op.results[0].type, 32) * 5
 
 
 def _parts(op: Op) -> Amount:
@@ -130,6 +138,7 @@ WORKSPACE: dict[str, Workspace] = {
     "torch.swiglu": _swiglu,
     "torch.route": times(0, 7 * 32),  # scores, and what is sorted by them
     "torch.sort_by_expert": _sorted,
+    "torch.cache_read": _read,
     "torch.paged_attention": _paged,
     "torch.latent_attention": _paged,
     "torch.split_batch": _parts,

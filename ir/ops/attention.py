@@ -8,16 +8,11 @@ from typing import Any
 import sympy
 import torch
 
-from moec.ir.attrs import BOOL, FLOAT, INT, SYMBOL
+from moec.ir.attrs import BOOL, DTYPE, FLOAT, INT, SYMBOL
+from moec.ir.cached import PagedCache as PagedCache
+from moec.ir.cached import load
 from moec.ir.op import Cost, Op, Value, attr, operand, result
 from moec.ir.types import CacheType, TensorType, symbol
-
-
-class PagedCache:
-    """The interpreter's KV cache: ``layers[l]`` is [slots, *entry]. Written by copy, never in place."""
-
-    def __init__(self, page: int, layers: dict[int, torch.Tensor]) -> None:
-        self.page, self.layers = page, layers
 
 
 def cache_of(op: Op, value: Value) -> CacheType:
@@ -27,13 +22,29 @@ def cache_of(op: Op, value: Value) -> CacheType:
     return value.type
 
 
+def check_entries(op: Op, entries: TensorType, text: str, cache: CacheType) -> None:
+    """Raises unless entries [N, ...] may be written into a cache, which may quantise them."""
+    floats = entries.dtype.is_float and entries.dtype.bits >= 16
+    dtype = floats if cache.quantised else entries.dtype == cache.dtype
+    if not dtype or entries.shape[1:] != cache.elements:
+        raise op.mismatch(f"{text} {entries}, which doesn't fit {cache}")
+
+
+def stored_bytes(cache: Value, rows: Any) -> Any:
+    """Bytes that ``rows`` entries of a cache take."""
+    return rows * cache.type.entry_bytes  # type: ignore[union-attr]
+
+
 def pairs(queries: Any, keys: Any, sequences: Any) -> Any:
     """Queries times the keys that each meets, as if all sequences were of one length, and every key seen."""
     return sympy.Integer(1) * queries * keys / sympy.Max(1, sequences)
 
 
 class CacheWrite(Op, name="cache_write"):
-    """Puts token n's entry into slot slot_mapping[n] of a layer's pages; a negative slot is skipped."""
+    """Puts token n's entry into slot slot_mapping[n] of a layer's pages; a negative slot is skipped.
+
+    A cache of 8 bits takes floats of 16 or more and quantises them, as its type says (``moec.ir.cached``).
+    """
 
     cache = operand("cache")
     layer = operand("index")
@@ -46,32 +57,31 @@ class CacheWrite(Op, name="cache_write"):
         self.index(self.layer)
         slots = self.integers(self.slot_mapping, 1)
         self.same("N", entry.shape[0], self.entry, slots.shape[0], self.slot_mapping)
-        if (entry.dtype, entry.shape[1:]) != (cache.dtype, cache.entry):
-            raise self.mismatch(f"{self.entry.text} is {entry}, which doesn't fit {cache}")
+        check_entries(self, entry, f"{self.entry.text} is", cache)
         return cache
 
     def cost(self) -> Cost:
-        return Cost(0, 2 * self.entry.type.nbytes + self.slot_mapping.type.nbytes)
+        return Cost(0, self.moved_bytes() + stored_bytes(self.cache, self.entry.type.shape[0]))
 
     @staticmethod
     def reference(
         cache: PagedCache, layer: int, entry: torch.Tensor, slot_mapping: torch.Tensor
     ) -> PagedCache:
-        pages = cache.layers[layer].clone()
-        for n, slot in enumerate(slot_mapping.tolist()):
-            if slot >= 0:
-                pages[slot] = entry[n]
-        return PagedCache(cache.page, {**cache.layers, layer: pages})
+        return cache.write(layer, slot_mapping.tolist(), entry)
 
 
 class CacheRead(Op, name="cache_read"):
-    """Gathers every sequence's entries of a layer, one sequence after the other."""
+    """Gathers every sequence's entries of a layer, one sequence after the other, as they were written.
+
+    Those of a cache of 8 bits are the numbers that it holds, rounded to ``to``.
+    """
 
     cache = operand("cache")
     layer = operand("index")
     block_table = operand("[B, P] page numbers; those beyond a sequence's length are never read")
     seq_lens = operand("[B] entries of each sequence, new ones included")
     rows = attr(SYMBOL, "S", doc="the symbol that counts the gathered entries")
+    to = attr(DTYPE, None, doc="dtype of the entries; none: the cache's, which one of 8 bits can't say")
     entries = result("[S, *entry]")
 
     def infer(self) -> TensorType:
@@ -79,21 +89,34 @@ class CacheRead(Op, name="cache_read"):
         self.index(self.layer)
         table, lens = self.integers(self.block_table, 2), self.integers(self.seq_lens, 1)
         self.same("B", table.shape[0], self.block_table, lens.shape[0], self.seq_lens)
-        return TensorType(cache.dtype, (symbol(self.rows), *cache.entry))
+        if cache.quantised and (self.to is None or not self.to.is_float or self.to.bits < 16):
+            raise self.mismatch(f"{self.cache.text} is {cache}: to must say a dtype of its entries")
+        if not cache.quantised and self.to not in (None, cache.dtype):
+            raise self.mismatch(f"{self.cache.text} is {cache}, but to is {self.to}")
+        return TensorType(self.to or cache.dtype, (symbol(self.rows), *cache.elements))
 
     def cost(self) -> Cost:
-        return Cost(0, 2 * self.entries.type.nbytes + self.block_table.type.nbytes)
+        entries = self.entries.type
+        read = stored_bytes(self.cache, entries.shape[0])
+        return Cost(0, entries.nbytes + read + self.block_table.type.nbytes)
 
     @staticmethod
     def reference(
-        cache: PagedCache, layer: int, block_table: torch.Tensor, seq_lens: torch.Tensor, *, rows: str
+        cache: PagedCache,
+        layer: int,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        rows: str,
+        to: Any = None,
     ) -> torch.Tensor:
         pages = cache.layers[layer]
         picked = []
         for table, length in zip(block_table.tolist(), seq_lens.tolist(), strict=True):
             for position in range(length):
                 picked.append(table[position // cache.page] * cache.page + position % cache.page)
-        return pages[torch.tensor(picked, dtype=torch.long, device=pages.device)]
+        found = pages[torch.tensor(picked, dtype=torch.long, device=pages.device)]
+        return load(found, cache.type, None if to is None else to.torch)
 
 
 class Attention(Op, name="attention"):

@@ -8,14 +8,15 @@ import torch
 
 from moec.ir.attrs import BOOL, FLOAT, INT, SYMBOL
 from moec.ir.op import Cost, Op, attr, operand, result
-from moec.ir.ops.attention import Attention, CacheRead, PagedCache, cache_of, pairs
+from moec.ir.ops.attention import Attention, CacheRead, PagedCache, cache_of, pairs, stored_bytes
 from moec.ir.types import CacheType, TensorType, symbol
 
 
 class Paged(Op):
     """Queries of this step over the cached entries of a layer, ``attention`` in all that is said there.
 
-    Sequence b owns rows cu_q[b]:cu_q[b+1] of q and the first seq_lens[b] entries behind its block table.
+    Sequence b owns rows cu_q[b]:cu_q[b+1] of q and the first seq_lens[b] entries behind its block table. Those
+    of a cache of 8 bits are the numbers that it holds, rounded to q's dtype.
     """
 
     products = True
@@ -38,7 +39,8 @@ class Paged(Op):
         lens = self.integers(self.seq_lens, 1)
         self.same("B", table.shape[0], self.block_table, lens.shape[0], self.seq_lens)
         self.same("B+1", cu_q.shape[0], self.cu_q, lens.shape[0] + 1, self.seq_lens)
-        self.same("the dtype", q.dtype, self.q, cache.dtype, self.cache)
+        if not cache.quantised:
+            self.same("the dtype", q.dtype, self.q, cache.dtype, self.cache)
         heads = q.shape[1]
         if not isinstance(heads, int):
             raise self.mismatch(f"{self.q.text} is {q}: its heads must be known")
@@ -48,10 +50,9 @@ class Paged(Op):
 
     def _cost(self, width: Any) -> Cost:
         """Of products that add up to ``width`` for a head, a query and a key; every entry is read once."""
-        q, cache = self.q.type, self.cache.type
-        entries = TensorType(cache.dtype, (symbol(self.rows), *cache.entry))
+        q, read = self.q.type, stored_bytes(self.cache, symbol(self.rows))
         count = pairs(q.shape[0], symbol(self.rows), self.cu_q.type.shape[0] - 1)
-        return Cost(2 * count * q.shape[1] * width, self.moved_bytes() + entries.nbytes)
+        return Cost(2 * count * q.shape[1] * width, self.moved_bytes() + read)
 
 
 class PagedAttention(Paged, name="paged_attention"):
@@ -64,9 +65,9 @@ class PagedAttention(Paged, name="paged_attention"):
 
     def infer(self) -> TensorType:
         q, heads, cache = self._sizes()
-        if len(cache.entry) != 2 or cache.entry[1] != q.shape[2]:
+        if len(cache.elements) != 2 or cache.elements[1] != q.shape[2]:
             raise self.mismatch(f"{self.q.text} is {q}, which doesn't fit {cache}")
-        kv_heads, odd = divmod(cache.entry[0], 2)
+        kv_heads, odd = divmod(cache.elements[0], 2)
         if odd or heads % kv_heads:
             raise self.mismatch(f"{heads} query heads can't share the keys of {cache}")
         return q.with_(groups=None)
@@ -86,7 +87,7 @@ class PagedAttention(Paged, name="paged_attention"):
         rows: str,
         **how: Any,
     ) -> torch.Tensor:
-        entries = CacheRead.reference(cache, layer, block_table, seq_lens, rows=rows)
+        entries = _entries(q, cache, layer, block_table, seq_lens)
         k, v = entries.chunk(2, dim=1)
         return Attention.reference(q, k, v, cu_q, _offsets(seq_lens), **how)
 
@@ -103,10 +104,12 @@ class LatentAttention(Paged, name="latent_attention"):
 
     def infer(self) -> TensorType:
         q, _, cache = self._sizes()
-        if len(cache.entry) != 1 or cache.entry[0] != q.shape[2]:
+        if cache.elements != q.shape[2:]:
             raise self.mismatch(f"{self.q.text} is {q}, which doesn't fit {cache}")
-        if not 1 <= self.rank <= cache.entry[0]:
-            raise self.mismatch(f"rank is {self.rank}, of entries that are {cache.entry[0]} wide")
+        if not 1 <= self.rank <= cache.elements[0]:
+            raise self.mismatch(f"rank is {self.rank}, of entries that are {cache.elements[0]} wide")
+        if cache.rank not in (0, self.rank):
+            raise self.mismatch(f"rank is {self.rank}, but {self.cache.text} is {cache}")
         return TensorType(q.dtype, (*q.shape[:2], self.rank))
 
     def cost(self) -> Cost:
@@ -125,8 +128,12 @@ class LatentAttention(Paged, name="latent_attention"):
         rows: str,
         **how: Any,
     ) -> torch.Tensor:
-        keys = CacheRead.reference(cache, layer, block_table, seq_lens, rows=rows)[:, None]
+        keys = _entries(q, cache, layer, block_table, seq_lens)[:, None]
         return Attention.reference(q, keys, keys[:, :, :rank], cu_q, _offsets(seq_lens), **how)
+
+
+def _entries(q: torch.Tensor, cache: PagedCache, layer: int, *where: torch.Tensor) -> torch.Tensor:
+    return CacheRead.reference(cache, layer, *where, rows="").to(q.dtype)
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Norm, rotary embedding and cache write in one: queries, keys and values, latents.
 
-Each computes in fp32 and rounds once, to the dtype of its result or of the cache's entries."""
+Each computes in fp32 and rounds once, to the dtype of its result or of the entries, which a cache of 8 bits then
+quantises as ``cache_write`` has them quantised."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 
 from moec.ir.attrs import BOOL, FLOAT, INT, choice
 from moec.ir.op import Cost, Op, Value, attr, operand, result
-from moec.ir.ops.attention import CacheWrite, PagedCache
+from moec.ir.ops.attention import CacheWrite, PagedCache, check_entries, stored_bytes
 from moec.ir.ops.norm import RMSNorm, check_eps
 from moec.ir.ops.rope import Rope
 from moec.ir.types import CacheType, TensorType, as_dim, f32
@@ -36,8 +37,7 @@ def check_write(op: Op, cache: Value, layer: Value, slot_mapping: Value, entry: 
     slots = op.integers(slot_mapping, 1)
     if slots.shape[0] != entry.shape[0]:
         raise op.mismatch(f"N is {entry.shape[0]}, but {slot_mapping.text} is {slots}")
-    if (entry.dtype, entry.shape[1:]) != (cache.type.dtype, cache.type.entry):
-        raise op.mismatch(f"the entries are {entry}, which doesn't fit {cache.type}")
+    check_entries(op, entry, "the entries are", cache.type)
     return cache.type
 
 
@@ -166,7 +166,8 @@ class KVCacheWrite(Heads, name="kv_cache_write"):
         return check_write(self, self.cache, self.layer, self.slot_mapping, entry)
 
     def cost(self) -> Cost:
-        return Cost(self.heads_flops(self.k, self.w), self.moved_bytes() + 2 * self.k.type.nbytes)
+        written = stored_bytes(self.cache, self.k.type.shape[0])
+        return Cost(self.heads_flops(self.k, self.w), self.moved_bytes() + written)
 
     @staticmethod
     def reference(
@@ -210,10 +211,14 @@ class LatentCacheWrite(Op, name="latent_cache_write"):
         width = check_table(self, self.cos, self.sin, kv_a.shape[0])
         self.same("C+R", kv_a.shape[1], self.kv_a, as_dim(w.shape[0] + width), self.w)
         check_eps(self, self.eps)
-        return check_write(self, self.cache, self.layer, self.slot_mapping, kv_a)
+        cache = check_write(self, self.cache, self.layer, self.slot_mapping, kv_a)
+        if cache.rank and cache.rank != w.shape[0]:
+            raise self.mismatch(f"c is {w.shape[0]} wide in {self.w.text}, but {self.cache.text} is {cache}")
+        return cache
 
     def cost(self) -> Cost:
-        return Cost(4 * self.kv_a.type.numel, self.moved_bytes() + self.kv_a.type.nbytes)
+        written = stored_bytes(self.cache, self.kv_a.type.shape[0])
+        return Cost(4 * self.kv_a.type.numel, self.moved_bytes() + written)
 
     @staticmethod
     def reference(

@@ -95,7 +95,8 @@ def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     for cache in map(CacheSpec.of, manifest["caches"]):
         entry = " × ".join(map(str, cache.entry))
         total = f"{cache.bytes_per_token:,} bytes a token over all layers"
-        found.append(("KV cache", f"{entry} elements a token and layer, {total}"))
+        what = {"u8": "bytes", "f8e4m3": "elements in fp8"}.get(cache.dtype, "elements")
+        found.append(("KV cache", f"{entry} {what} a token and layer, {total}"))
     if plan := manifest["memory_plan"]:
         for entry in (e for e in ("step", "forward") if e in plan["entries"]):
             at = ", ".join(f"{k}={v}" for k, v in plan["at"].items())
