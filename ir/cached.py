@@ -1,10 +1,10 @@
 """KV cache entries in 8 bits: what is stored of an entry, and what that means.
 
-Per tensor, ``cache<f8e4m3[576], page=64, scale=0.5>``: x / scale, clamped to ±448 and rounded to e4m3, ties to
-even; NaN stays NaN. One scale, known beforehand, for all entries.
+Per tensor, ``cache<f8e4m3[576], page=64, scale=0.5>``: x / scale, clamped to ±448 and rounded to e4m3, ties
+to even; NaN stays NaN. One scale, known beforehand, for all entries.
 
-Packed, ``cache<u8[656], page=64, rank=512>``, for the entries [c | k_pe] of multi-head latent attention, one row
-of bytes, numbers little-endian::
+Packed, ``cache<u8[656], page=64, rank=512>``, for the entries [c | k_pe] of multi-head latent attention, one
+row of bytes, numbers little-endian::
 
     C e4m3                    c, quantised as ``quant`` does with blocks of 1x128
     ceil(C/128) fp32          its scales, one for each 128 elements; the last tile may be partial
@@ -64,7 +64,7 @@ def store(entries: torch.Tensor, type: CacheType | None) -> torch.Tensor:
 
 
 def load(stored: torch.Tensor, type: CacheType | None, to: torch.dtype | None = None) -> torch.Tensor:
-    """What rows of a cache mean, rounded once to ``to``: plain ones as they are, others in fp32 without it."""
+    """What rows of a cache mean, rounded once to ``to``; without it as plain ones are, others in fp32."""
     if type is None or not type.quantised:
         return stored if to is None else stored.to(to)
     to = to or torch.float32

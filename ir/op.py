@@ -111,7 +111,7 @@ class result:
 
 
 class Value:
-    """Something an op may use. ``type`` changes through ``Function.retype`` only; ``name`` is unique in its function."""
+    """Something an op may use. ``name`` is unique in its function; ``type`` changes by ``retype`` only."""
 
     __slots__ = ("name", "type")
 

@@ -257,7 +257,7 @@ class CacheType:
 
     entry is what one token keeps in one layer (V3's MLA: the 576 latent elements); page is tokens a page.
     Ops that write entries quantise them as the type says, those that read them undo it (``moec.ir.cached``):
-    e4m3 has one ``scale`` for all, u8 with a ``rank`` is packed, the first ``rank`` elements with their scales.
+    e4m3 has one ``scale`` for all; u8 with a ``rank`` is packed, the first ``rank`` elements in tiles.
     """
 
     dtype: DType

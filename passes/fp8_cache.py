@@ -15,11 +15,11 @@
       %latent.long = cache_read(%kv.1, %layer, %long.table, %long.lens) {to=bf16}
 
 The type says how entries are kept, and ops that write or read them do as it says: what changes is the type,
-wherever the cache goes, and ``to`` of what gathers entries. So it may be done at any point of a pipeline before
-kernels are chosen.
+wherever the cache goes, and ``to`` of what gathers entries. So it may be done at any point of a pipeline
+before kernels are chosen.
 
 Which elements are latent, as ``packed`` asks, follows from the ops: ``latent_attention`` and
-``latent_cache_write`` say so, and a ``cache_read`` by how its entries are cut into [c | k_pe]. All must agree.
+``latent_cache_write`` say so, a ``cache_read`` by how its entries are cut into [c | k_pe]; all must agree.
 """
 
 from __future__ import annotations

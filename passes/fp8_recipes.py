@@ -30,8 +30,8 @@ class Recipe:
     scale        fp32, or ue8m0: powers of two
     plain        weights that a native fp8 checkpoint stores plainly: keep them so, or cast them too
     skip         patterns of parameter names that stay as they are
-    kv           the KV cache: off, per-tensor (e4m3 times ``kv_scale``), or packed (latents in e4m3 with a scale
-                 for each 128 elements, what turns with the position in bf16: V3's 656 bytes)
+    kv           the KV cache: off, per-tensor (e4m3 times ``kv_scale``), or packed (latents in e4m3 with a
+                 scale for each 128 elements, what turns with the position in bf16: V3's 656 bytes)
     kv_scale     of kv=per-tensor; entries beyond 448 times it saturate
     """
 

@@ -204,7 +204,10 @@ def interpret(
 
 def _stored(value: Any, type: Type) -> Any:
     """A cache as this module keeps it; anything else as it is."""
-    return value.stored_as(type) if isinstance(type, CacheType) and value.type != type else value
+    if not isinstance(type, CacheType) or value.type == type:
+        return value
+    given = value.type is not None and value.type.quantised
+    return value.stored_as(type) if given or type.quantised else value
 
 
 def relative_error(before: Any, after: Any) -> float:

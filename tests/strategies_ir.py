@@ -6,6 +6,7 @@ graph or made for it. A contract test fails for an op without one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -285,14 +286,25 @@ def _attention(g: Graph) -> Any:
     return g.op("attention", q, k, v, cu_q, cu_k, scale=0.5, causal=causal, window=window)
 
 
+f8e4m3 = DTYPES["f8e4m3"]
 PAGE = CacheType(f32, (2, 3), 4)
+PAGE8 = CacheType(f8e4m3, (2, 3), 4, scale=0.5)
 PAGES = 8
+
+
+def _kept(g: Graph, type: CacheType, written: torch.Tensor, rank: int | None = None) -> Value:
+    """A cache of its own, plain or in 8 bits; packed where it's said how many elements are latent."""
+    types = [type, type, dataclasses.replace(type, dtype=f8e4m3, scale=g.draw(of([1.0, 0.3])))]
+    type = g.draw(of(types if rank is None else [*types, type.packed(rank)]))
+    return g.argument(type, PagedCache(type.page, {0: written}).stored_as(type))
 
 
 @draws("cache_write")
 def _cache_write(g: Graph) -> Any:
-    known = g.cache if g.cache is not None and g.cache.type == PAGE else None
-    cache = known or g.argument(PAGE, PagedCache(4, {0: torch.full((4 * PAGES, 2, 3), torch.nan)}))
+    known = g.cache if g.cache is not None and g.cache.type in (PAGE, PAGE8) else None
+    type = g.draw(of([PAGE, PAGE8]))
+    empty = torch.full((4 * PAGES, 2, 3), torch.nan, dtype=type.dtype.torch)
+    cache = known or g.argument(type, PagedCache(4, {0: empty}, type))
     slots = g.draw(st.lists(st.integers(-1, 4 * PAGES - 1), min_size=g.tokens, max_size=g.tokens))
     entry = g.fresh(f32, N, 2, 3)
     g.cache = g.op("cache_write", cache, g.argument(IndexType(), 0), entry, g.integers(slots, N))
@@ -327,10 +339,9 @@ def _norm_rope(g: Graph) -> Any:
     return g.op("norm_rope", g.fresh(dtype, N, heads, columns), cos, sin, w, before, **how)
 
 
-def _writable(g: Graph, *entry: int) -> tuple[Value, Value, Value]:
+def _writable(g: Graph, *entry: int, rank: int | None = None) -> tuple[Value, Value, Value]:
     """A cache of its own, a layer's number, and different slots, some of them none."""
-    pages = {0: torch.full((4 * PAGES, *entry), torch.nan)}
-    cache = g.argument(CacheType(f32, entry, 4), PagedCache(4, pages))
+    cache = _kept(g, CacheType(f32, entry, 4), torch.full((4 * PAGES, *entry), torch.nan), rank)
     places = g.draw(st.permutations(range(4 * PAGES)))[: g.tokens]
     slots = [p if g.draw(st.booleans()) else -1 for p in places]
     return cache, g.argument(IndexType(), 0), g.integers(slots, N)
@@ -350,7 +361,7 @@ def _kv_cache_write(g: Graph) -> Any:
 @draws("latent_cache_write")
 def _latent_cache_write(g: Graph) -> Any:
     rank, width = g.draw(small), g.draw(of([2, 4]))
-    cache, layer, slots = _writable(g, rank + width)
+    cache, layer, slots = _writable(g, rank + width, rank=rank)
     kv_a, w, (cos, sin) = g.fresh(f32, N, rank + width), g.param(f32, rank), _table(g, width)
     how = {"eps": 1e-3, "layout": g.draw(of(["interleaved", "half"]))}
     g.cache = g.op("latent_cache_write", cache, layer, kv_a, w, cos, sin, slots, **how)
@@ -359,7 +370,7 @@ def _latent_cache_write(g: Graph) -> Any:
 
 @draws("cache_read")
 def _cache_read(g: Graph) -> Any:
-    if g.cache is None or g.cache.type != PAGE:
+    if g.cache is None or g.cache.type not in (PAGE, PAGE8):
         _cache_write(g)
     sequences, pages = len(g.lengths), symbol(f"P{len(g.args)}")
     table = g.draw(st.lists(st.integers(0, PAGES - 1), min_size=2 * sequences, max_size=2 * sequences))
@@ -371,6 +382,7 @@ def _cache_read(g: Graph) -> Any:
         g.integers(torch.tensor(table, dtype=torch.int32).view(sequences, 2), B, pages),
         g.integers(lens, B),
         rows=f"S{len(g.args)}",
+        to=g.draw(of([f32, bf16])) if g.cache.type == PAGE8 else None,
     )
 
 
@@ -390,7 +402,8 @@ def _paged_attention(g: Graph, name: str) -> Any:
     for t in full:
         for at in t:
             written[at * page :][:page] = g.data(f32, page, *entry)
-    cache = g.argument(CacheType(f32, entry, page), PagedCache(page, {0: written}))
+    rank = g.draw(st.integers(1, width)) if latent else None
+    cache = _kept(g, CacheType(f32, entry, page), written, rank)
     table = torch.tensor(numbers, dtype=torch.int32).view(len(lens), PAGES)
     return g.op(
         name,
@@ -405,7 +418,7 @@ def _paged_attention(g: Graph, name: str) -> Any:
         causal=g.draw(st.booleans()),
         window=g.draw(of([0, 1, 3])),
         rows=f"S{len(g.args)}",
-        **({"rank": g.draw(st.integers(1, width))} if latent else {}),
+        **({"rank": rank} if latent else {}),
     )
 
 

@@ -12,6 +12,7 @@ from moec.ir.types import DTYPES, Dim, IndexType, TokenType, Type, as_dim, bf16,
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 of = st.sampled_from
+f8e4m3 = DTYPES["f8e4m3"]
 N, B = symbol("N"), symbol("B")
 
 
@@ -47,7 +48,12 @@ def tensor_types(draw: Draw) -> TensorType:
 
 def types() -> st.SearchStrategy[Type]:
     entries = st.lists(st.integers(1, 600), min_size=1, max_size=2).map(tuple)
-    caches = st.builds(CacheType, of([f32, bf16]), entries, st.integers(1, 128))
+    pages = st.integers(1, 128)
+    caches = st.builds(CacheType, of([f32, bf16]), entries, pages)
+    scales = st.floats(2.0**-140, 2.0**100)
+    caches |= st.builds(CacheType, st.just(f8e4m3), entries, pages, st.just(0), scales)
+    latent = st.builds(CacheType, st.just(bf16), st.tuples(st.integers(300, 600)), pages)
+    caches |= st.builds(CacheType.packed, latent, st.integers(1, 300))
     return tensor_types() | caches | of([IndexType(), TokenType("rng")])
 
 

@@ -15,8 +15,8 @@ from moec.ir.types import CacheType, TensorType, symbol
 class Paged(Op):
     """Queries of this step over the cached entries of a layer, ``attention`` in all that is said there.
 
-    Sequence b owns rows cu_q[b]:cu_q[b+1] of q and the first seq_lens[b] entries behind its block table. Those
-    of a cache of 8 bits are the numbers that it holds, rounded to q's dtype.
+    Sequence b owns rows cu_q[b]:cu_q[b+1] of q and the first seq_lens[b] entries behind its block table.
+    Those of a cache of 8 bits are the numbers that it holds, rounded to q's dtype.
     """
 
     products = True

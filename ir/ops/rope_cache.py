@@ -1,7 +1,7 @@
 """Norm, rotary embedding and cache write in one: queries, keys and values, latents.
 
-Each computes in fp32 and rounds once, to the dtype of its result or of the entries, which a cache of 8 bits then
-quantises as ``cache_write`` has them quantised."""
+Each computes in fp32 and rounds once, to the dtype of its result or of the entries. A cache of 8 bits
+quantises these as it does with ``cache_write``."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from moec.codegen import target, write_package
 from moec.ir import Builder, Function, Interpreter, Module, TensorType, Value, verify
+from moec.ir.cached import PagedCache, load
 from moec.ir.op import OpResult
-from moec.ir.ops.attention import PagedCache
 from moec.ir.scaled import Scaled
 from moec.ir.types import STATE_TYPES, Type, f32, i32
 from moec.runtime import values as runtime
@@ -55,7 +55,9 @@ def pages_of(cache: PagedCache) -> list[torch.Tensor]:
     layers = []
     for slots in cache.layers.values():
         pages = slots.unflatten(0, (-1, cache.page))
-        layers.append(torch.cat([pages, torch.full_like(pages[:1], torch.nan)]))
+        layers.append(
+            torch.cat([pages, torch.full_like(pages[:1], torch.nan if pages.is_floating_point() else 0xFF)])
+        )
     return layers
 
 
@@ -79,6 +81,10 @@ def agree(
             pages_of = caches[written_into(value)]
             have = torch.stack([pages[:-1].flatten(0, 1) for pages in pages_of])
             want = torch.stack(list(want.layers.values()))
+            if value.type.quantised:  # what it means: a scale's last bit is no concern
+                have, want = (load(stored.flatten(0, 1), value.type) for stored in (have, want))
+                close(have, want, value, TOLERANCE[torch.float8_e4m3fn])
+                continue
         else:
             have = next(got)
         close(have, want, value, tolerance)

@@ -9,10 +9,13 @@ import pytest
 from moec.errors import AttributeMismatch, MoecError, SourceLoc, TypeMismatch
 from moec.ir import OPS, Function, Module, Range, parse_module, verify
 from moec.ir.op import Op, op_class
-from moec.ir.types import DTYPES, bf16, f32, parse_type, symbol
+from moec.ir.types import DTYPES, bf16, f32, i32, parse_type, symbol
 
 N = symbol("N")
 CACHE = "cache<bf16[576], page=64>"
+FP8 = "cache<f8e4m3[576], page=64, scale=0.5>"
+PACKED = "cache<u8[656], page=64, rank=512>"
+OTHER = "cache<u8[660], page=64, rank=508>"  # as many elements
 F8 = DTYPES["f8e4m3"]
 
 # op: (operand types, attributes, result types). A name before the type makes the operand that parameter;
@@ -154,6 +157,19 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("cache_read", {3: "i32[M]"}, "B is B in %block_table but M in %seq_lens"),
     ("cache_read", {2: "f32[B,P]"}, "%block_table is f32[B,P], not integers"),
     ("cache_read", {3: "bf16[B]"}, "%seq_lens is bf16[B], not integers"),
+    ("cache_read", {0: FP8}, f"%cache is {FP8}: to must say a dtype of its entries"),
+    ("cache_read", {0: FP8, "to": i32}, f"%cache is {FP8}: to must say a dtype of its entries"),
+    ("cache_read", {"to": f32}, f"%cache is {CACHE}, but to is f32"),
+    ("cache_write", {0: FP8, 2: "i32[N,576]"}, f"%entry is i32[N,576], which doesn't fit {FP8}"),
+    ("cache_write", {0: PACKED, 2: "bf16[N,656]"}, f"%entry is bf16[N,656], which doesn't fit {PACKED}"),
+    (
+        "latent_attention",
+        {0: "bf16[N,16,656]", 1: PACKED},
+        f"%q is bf16[N,16,656], which doesn't fit {PACKED}",
+    ),
+    ("latent_attention", {1: PACKED, "rank": 511}, f"rank is 511, but %cache is {PACKED}"),
+    ("latent_cache_write", {0: OTHER}, f"c is 512 wide in %w, but %cache is {OTHER}"),
+    ("paged_attention", {1: PACKED}, f"%q is bf16[N,8,64], which doesn't fit {PACKED}"),
     ("cache_write", {0: "bf16[4]"}, "%cache is bf16[4], not a cache"),
     ("cache_write", {1: "i32[1]"}, "%layer is i32[1], not an index"),
     ("cache_write", {2: "bf16[N,512]"}, f"%entry is bf16[N,512], which doesn't fit {CACHE}"),
