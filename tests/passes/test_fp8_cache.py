@@ -1,4 +1,4 @@
-"""fp8-cast{kv=...}: caches in 8 bits, in all functions that they go through, in any order with other passes."""
+"""fp8-cast{kv=...}: caches in 8 bits, in all functions that they go through, in any order with others."""
 
 from __future__ import annotations
 
