@@ -1,0 +1,142 @@
+"""Native fp8 checkpoints: their bytes and scales reach the products, however they are joined and cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moec.errors import InternalError
+from moec.ir import Interpreter, Module, Op, parse_module, print_module
+from moec.passes import Oracle, parse_pipeline
+from moec.passes.manager import PassManager
+from tests.passes.fp8_layer import CUT, GROUP, bound, same_bits
+from tests.passes.modules import (
+    MoE,
+    random_weights,
+    reasons,
+    run,
+    tokens,
+)
+
+
+def test_a_native_checkpoint_s_bytes_and_scales_reach_the_products() -> None:
+    """Stacked, gate and up joined: 8 rows each, in blocks of 4."""
+    m = MoE(fp8=True, hidden=8, inner=8, dtype="bf16").build()
+    weights = random_weights(m)
+    runs = run(f"{GROUP},fp8-cast", m)
+    found = bound(m, weights)
+    assert set(found) == {"experts.w13.q", "experts.w2.q"} or len(found) == 2
+    assert "quant(" not in "".join(print_module(m).split("func @weights")[1:])
+    names = MoE().names
+    w13 = next(v for n, v in found.items() if "w13" in n)
+    w2 = next(v for n, v in found.items() if "w2" in n)
+    where = next(n for n in weights if n.endswith(f"0.{names[0]}.weight")).split(f"0.{names[0]}")[0]
+    for e in range(4):
+        gate, up, down = (weights[f"{where}{e}.{n}.weight"] for n in names)
+        s_gate, s_up, s_down = (weights[f"{where}{e}.{n}.weight_scale_inv"] for n in names)
+        assert same_bits(w13.q[e], torch.cat([gate, up])) and torch.equal(
+            w13.scale[e], torch.cat([s_gate, s_up])
+        )
+        assert same_bits(w2.q[e], down) and torch.equal(w2.scale[e], s_down)
+    assert w13.block == w2.block == (4, 4) and runs[-1].fired == {"experts": 2, "gather": 1}
+
+
+def test_where_a_join_straddles_blocks_scales_are_refined() -> None:
+    """6 rows in blocks of 4: 4 and 2, so scales for 2 rows each."""
+    m = MoE(fp8=True, hidden=8, inner=6, dtype="bf16").build()
+    weights = random_weights(m)
+    exact = m.clone()
+    run(GROUP, exact)
+    run(f"{GROUP},fp8-cast", m)
+    w13 = next(v for n, v in bound(m, weights).items() if "w13" in n)
+    assert w13.block == (2, 4)
+    plain = next(v for n, v in Interpreter(exact, weights)._bound.items() if "w13" in n)
+    assert torch.equal(w13.float().bfloat16(), plain)  # type: ignore[arg-type]
+
+
+def test_cuts_and_views_of_native_weights_are_exact() -> None:
+    m = parse_module(CUT)
+    weights = random_weights(m)
+    weights["kv.weight_scale_inv"] = weights["kv.weight_scale_inv"].abs() + 0.1
+    plain = Interpreter(m, weights)._bound
+    runs = run("fp8-cast", m)
+    found = bound(m, weights)
+    assert {n: v.block for n, v in found.items()} == {"a.q": (2, 4), "b.q": (2, 4)}
+    for name in ("a", "b"):
+        assert torch.equal(found[f"{name}.q"].float(), plain[name])  # type: ignore[arg-type]
+    assert "the checkpoint, else in fp8, stores $c plainly" in reasons(runs, "linear")
+    run("fp8-cast{plain=cast}", other := parse_module(CUT))
+    assert set(bound(other, weights)) == {"a.q", "b.q", "c.q"}
+
+
+def test_a_plain_part_beside_a_native_one_is_quantised_in_its_blocks() -> None:
+    text = CUT.replace(
+        "bind(%a) {param=a}", "%mixed = concat(%a, $c.plain) {axis=0} : f32[12,8]\n  bind(%mixed) {param=a}"
+    )
+    text = text.replace("param $a: f32[6,8]", "param $a: f32[12,8]").replace(
+        "%ya = linear(%x, $a) : f32[N,6]", "%ya = linear(%x, $a) : f32[N,12]"
+    )
+    text = text.replace("-> (f32[N,6],", "-> (f32[N,12],")
+    m = parse_module(text)
+    assert "the checkpoint, else in fp8, stores $a in part plainly" in reasons(run("fp8-cast", m), "linear")
+    m = parse_module(text)
+    weights = random_weights(m)
+    plain = Interpreter(m, weights)._bound["a"]
+    run("fp8-cast{plain=cast}", m)
+    a = bound(m, weights)["a.q"]
+    assert a.block == (2, 4) and torch.equal(a.float()[:6], plain[:6])  # type: ignore[index]
+    assert 0 < float((a.float()[6:] - plain[6:]).abs().max()) < 0.2  # type: ignore[index]
+
+
+def test_the_oracle_catches_a_transposed_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A native weight whose scales are read in the wrong order; and sound passes aren't caught."""
+    text = (
+        CUT.replace("f8e4m3[12,8]", "f8e4m3[8,8]").replace("f32[3,2]", "f32[2,2]").replace("[12,8]", "[8,8]")
+    )
+    text = (
+        text.replace("[2,6,8]", "[2,4,8]")
+        .replace("[1,6,8]", "[1,4,8]")
+        .replace("[6,8]", "[4,8]")
+        .replace("N,6]", "N,4]")
+    )
+
+    def caught(m: Module) -> bool:
+        weights = random_weights(m)
+        weights["kv.weight_scale_inv"] = torch.tensor([[1.0, 30.0], [2.0, 0.1]])
+        oracle = Oracle({"forward": (tokens(4, 8),)}, weights, tolerance=0.1)
+        try:
+            PassManager(parse_pipeline("fp8-cast{block=4}"), [oracle]).run(m)
+        except InternalError:
+            return True
+        return False
+
+    assert not caught(parse_module(text))
+
+    from moec.passes import fp8_weights
+
+    sound = fp8_weights._stored
+
+    def transposed(value: Any) -> Any:
+        pair = sound(value)
+        function = transposed.function  # type: ignore[attr-defined]
+        made: Op = pair.op
+        flipped = fp8_weights.emit(*function, "reshape", [made.operands[1]], {"shape": (4,)}, "s").results[0]
+        one, two, three, four = fp8_weights.emit(
+            *function, "split", [flipped], {"sizes": (1, 1, 1, 1), "axis": 0}, "p"
+        ).results
+        turned = fp8_weights.emit(*function, "concat", [one, three, two, four], {"axis": 0}, "t").results[0]
+        square = fp8_weights.emit(*function, "reshape", [turned], {"shape": (2, 2)}, "u").results[0]
+        return fp8_weights.emit(
+            *function, "scaled", [made.operands[0], square], {"block": (4, 4)}, "v"
+        ).results[0]
+
+    class Planted(fp8_weights.Quantiser):
+        def scaled(self, value: Any) -> Any:
+            transposed.function = (self.module, self.holder)  # type: ignore[attr-defined]
+            return super().scaled(value)
+
+    monkeypatch.setattr(fp8_weights, "_stored", transposed)
+    monkeypatch.setattr("moec.passes.fp8_cast.Quantiser", Planted)
+    assert caught(parse_module(text))
