@@ -10,6 +10,15 @@
 The sum is read once where it was written and read again. It may be used elsewhere too, as it is by the next
 addition. Right bit for bit: the norm is taken of the rounded sum.
 
+A ``quant`` that is all that reads the normed rows becomes the end of their norm, whether it adds or not::
+
+    %x.attn, %mlp.in = add_rms_norm(%h, %attn, $post_attention_layernorm.weight) {eps=1e-06}
+    %mlp.in.q = quant(%mlp.in) {block=1x128}
+
+    %x.attn, %mlp.in.q = add_rms_norm(%h, %attn, $post_attention_layernorm.weight) {eps=1e-06, quant=1x128}
+
+The rows are rounded first, as they were: bit for bit too. Where others read them, a router say, both stay.
+
 A layer's last addition and the next layer's first norm stay apart. They stand in different functions, or in
 one that runs for many layers: to join them, the stream between layers would have to be two values, the sum so
 far and what is yet to be added, in every body and entry alike."""
@@ -34,11 +43,39 @@ def add_rms_norm(m: Match) -> Value:
     return normed
 
 
+def tiles_of_rows(m: Match) -> str:
+    block = m.root.attrs["block"]
+    return "" if block[:-1] in ((), (1,)) else "a scale of several rows is known after the last of them"
+
+
+def quant(m: Match) -> Value:
+    """The norm with the quantisation as its end; whoever uses the sum has that of the new op."""
+    norm, attrs = m["norm"], m.root.attrs
+    made = dict(norm.attrs) | {"quant": attrs["block"], "scale": attrs["scale"]}
+    y = m.root.results[0].name
+    if norm.name == "rms_norm":
+        normed: Value = m.create("rms_norm", *norm.operands, **made, out=y)
+        return normed
+    total, normed = m.create("add_rms_norm", *norm.operands, **made, out=(norm.results[0].name, y))
+    m.also(norm, total)
+    return normed
+
+
 RULES: Rules = {
     "add-norm": (
         P.rms_norm(P.add("x", "residual").named("add").where(same_shape), param("w"), eps=ANY),
         add_rms_norm,
     ),  # s = add(x, r); rms_norm(s, w) -> s, n = add_rms_norm(x, r, w)
+    "norm-quant": (
+        P.quant(P.rms_norm(..., eps=ANY).once().named("norm"), block=ANY, scale=ANY).where(tiles_of_rows),
+        quant,
+    ),  # quant(rms_norm(x, w)) -> rms_norm(x, w) {quant=..}
+    "add-norm-quant": (
+        P.quant(P.add_rms_norm(..., eps=ANY).out(1).once().named("norm"), block=ANY, scale=ANY).where(
+            tiles_of_rows
+        ),
+        quant,
+    ),  # s, n = add_rms_norm(x, r, w); quant(n) -> s, q = add_rms_norm(x, r, w) {quant=..}
 }
 
 

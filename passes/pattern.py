@@ -143,9 +143,10 @@ class Match:
         return op.results[0] if len(op.results) == 1 else op.results
 
     def also(self, op: Op, *results: Value) -> None:
-        """Beside the root, ``op`` gives way: its results become ``results``."""
+        """Beside the root, ``op`` gives way: its results become ``results``, the first ones where these are
+        fewer and what matched is all that uses the others."""
         self.ops.append(op)
-        self.replaced += zip(op.results, results, strict=True)
+        self.replaced += zip(op.results, results, strict=False)
 
     def later(self, action: Callable[[], None]) -> None:
         """Runs ``action`` once the root is gone."""

@@ -191,14 +191,28 @@ def _head_linear(g: Graph) -> Any:
 @draws("rms_norm")
 def _rms_norm(g: Graph) -> Any:
     x = g.known(lambda t: t.rank > 0 and isinstance(t.shape[-1], int)) or g.fresh(f32, N, 3)
-    return g.op("rms_norm", x, g.param(f32, x.type.shape[-1]), eps=g.draw(of([1e-6, 1e-5])))
+    return g.op("rms_norm", x, g.param(f32, x.type.shape[-1]), eps=g.draw(of([1e-6, 1e-5])), **_quant_of(g))
+
+
+def _quant_of(g: Graph) -> dict[str, Any]:
+    """The quantisation at the end of a norm, or none."""
+    if g.draw(st.booleans()):
+        return {}
+    return {"quant": g.draw(of([(1, 2), (1, 0)])), "scale": g.draw(of(["fp32", "ue8m0"]))}
 
 
 @draws("add_rms_norm")
 def _add_rms_norm(g: Graph) -> Any:
     x = g.fresh(g.draw(of([f32, bf16])), N, g.draw(small))
     w = g.param(f32, x.type.shape[-1])
-    return g.op("add_rms_norm", x, g.fresh(x.type.dtype, *x.type.shape), w, eps=g.draw(of([1e-6, 1e-5])))
+    return g.op(
+        "add_rms_norm",
+        x,
+        g.fresh(x.type.dtype, *x.type.shape),
+        w,
+        eps=g.draw(of([1e-6, 1e-5])),
+        **_quant_of(g),
+    )
 
 
 @draws("embedding")

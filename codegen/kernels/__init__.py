@@ -73,6 +73,11 @@ def scaled(op: Op) -> list[str]:
     return [f"{t} has scales" for t in types if isinstance(t, TensorType) and t.scale][:1]
 
 
+def quantises(op: Op) -> list[str]:
+    """A reason where what the op makes is quantised at its end."""
+    return ["the result is quantised"] if op.attrs["quant"] else []
+
+
 Kernel = Inline | Templated | TritonKernel
 KERNELS: list[Kernel] = []
 _BY_NAME: dict[str, Kernel] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.codegen.kernels import Inline, register, scaled
+from moec.codegen.kernels import Inline, quantises, register, scaled
 from moec.codegen.render import number
 from moec.errors import InternalError
 from moec.ir.op import Op
@@ -134,7 +134,7 @@ register(
     Inline("linear", _linear, reasons=scaled),
     Inline("head_linear", _head_linear),
     Inline("embedding", _embedding),
-    Inline("rms_norm", _rms_norm),
+    Inline("rms_norm", _rms_norm, reasons=quantises),
     Inline("reshape", _reshape),
     Inline("split", _split),
     Inline("concat", _concat),

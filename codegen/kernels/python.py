@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.codegen.kernels import Templated, not_fp32, register, scaled
+from moec.codegen.kernels import Templated, not_fp32, quantises, register, scaled
 from moec.ir.op import Op
 from moec.ir.ops.rope import rope_frequencies
-from moec.ir.types import TILE, CacheType
+from moec.ir.types import TILE, CacheType, f32
 
 PAGED = "python/kernels/paged_attention.py.jinja"
 
@@ -73,8 +73,9 @@ def _paged(op: Op) -> dict[str, Any]:
     }
 
 
-def _add_rms_norm(op: Op) -> dict[str, Any]:
-    return {"eps": op.attrs["eps"], "width": _shape(op, 2)[0], "wide": not not_fp32(op)}
+def add_rms_norm(op: Op) -> dict[str, Any]:
+    wide = op.operands[0].type.dtype == f32 == op.operands[2].type.dtype  # type: ignore[union-attr]
+    return {"eps": op.attrs["eps"], "width": _shape(op, 2)[0], "wide": wide, "quant": ""}
 
 
 def _combine(op: Op) -> dict[str, Any]:
@@ -124,8 +125,13 @@ register(
     Templated("linear", "python/kernels/linear.py.jinja", reasons=_not_rows_of_fp32, name="onednn.linear"),
     *_product("grouped_linear", lambda op: {"placed": op.operands[3] is not None}),
     *_product("gather_grouped_linear", gather_grouped_linear),
-    _kernel("rms_norm", lambda op: {"eps": op.attrs["eps"]}, reasons=_fp32, name="torch.rms_norm_in_fp32"),
-    _kernel("add_rms_norm", _add_rms_norm),
+    _kernel(
+        "rms_norm",
+        lambda op: {"eps": op.attrs["eps"], "quant": ""},
+        reasons=lambda op: quantises(op) + _fp32(op),
+        name="torch.rms_norm_in_fp32",
+    ),
+    _kernel("add_rms_norm", add_rms_norm, reasons=quantises),
     _kernel("swiglu", _swiglu),
     _kernel("rope_table", _rope_table),
     _kernel(

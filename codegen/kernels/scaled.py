@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.codegen.kernels import Templated, register
-from moec.codegen.kernels.python import gather_grouped_linear
+from moec.codegen.kernels import Templated, quantises, register
+from moec.codegen.kernels.python import add_rms_norm, gather_grouped_linear
 from moec.ir.op import Op
 from moec.ir.types import TensorType, format_block
 
@@ -82,9 +82,9 @@ def _quant(op: Op) -> dict[str, Any]:
 
 def _epilogue(op: Op) -> dict[str, Any]:
     """The constants of the quantisation that ends ``op``."""
-    y = op.results[0].type
+    y = op.results[-1].type
     if not isinstance(y, TensorType):
-        raise TypeError(f"{op.results[0]} is no tensor")
+        raise TypeError(f"{op.results[-1]} is no tensor")
     return _quant_of(y.with_(scale=None), op.attrs["quant"], op.attrs["scale"])
 
 
@@ -151,10 +151,6 @@ def _no_scaled_rows(op: Op) -> list[str]:
     return [] if _type(op, 0).scale else ["x has no scales"]
 
 
-def _quantises(op: Op) -> list[str]:
-    return ["the result is quantised"] if op.attrs["quant"] else []
-
-
 def _keeps_floats(op: Op) -> list[str]:
     return [] if op.attrs["quant"] else ["the result isn't quantised"]
 
@@ -183,7 +179,7 @@ register(
         "gather_grouped_linear",
         SCALED_GATHER,
         _gather_grouped_linear,
-        reasons=lambda op: _no_scaled_rows(op) + _quantises(op),
+        reasons=lambda op: _no_scaled_rows(op) + quantises(op),
         name="torch.emulated_fp8_gather_grouped_linear",
     ),
     Templated(
@@ -203,5 +199,23 @@ register(
         calls="quant",
         called=_epilogue,
         name="torch.gather_grouped_linear_quant",
+    ),
+    Templated(
+        "rms_norm",
+        f"{FOLDER}/rms_norm.py.jinja",
+        lambda op: {"eps": op.attrs["eps"]},
+        reasons=_keeps_floats,
+        calls="quant",
+        called=_epilogue,
+        name="torch.rms_norm_quant",
+    ),
+    Templated(
+        "add_rms_norm",
+        f"{FOLDER}/add_rms_norm.py.jinja",
+        add_rms_norm,
+        reasons=_keeps_floats,
+        calls="quant",
+        called=_epilogue,
+        name="torch.add_rms_norm_quant",
     ),
 )

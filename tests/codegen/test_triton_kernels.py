@@ -24,6 +24,7 @@ from tests.codegen.triton_kernels import (
     grouped_op,
     linear_op,
     load,
+    norm_op,
     quant_op,
     record,
     route_op,
@@ -57,6 +58,8 @@ HARD = {
 # Scaled: as DeepSeek-V3 has it, and what takes more registers.
 V3_FP8 = {
     "quant": lambda: quant_op("bf16", 7168),
+    "rms_norm": lambda: norm_op("bf16", 7168, add=False),
+    "add_rms_norm": lambda: norm_op("bf16", 7168, add=True),
     "gather_grouped_linear": lambda: fp8_op(
         256, 2048, 7168, gather=True, per_row=8, act="silu", quant="fp32"
     ),

@@ -19,7 +19,7 @@ from moec.ir.ops.moe import SortByExpert
 from moec.ir.scaled import Scaled, quantize
 from moec.ir.types import DTYPES, parse_block
 from tests.codegen.interpreted import FOLDER, call, close, folder, normal, poisoned, routings
-from tests.codegen.triton_kernels import combine_op, fp8_op, linear_op, quant_op, sort_op, source
+from tests.codegen.triton_kernels import combine_op, fp8_op, linear_op, norm_op, quant_op, sort_op, source
 
 __all__ = ["folder", "poisoned"]  # fixtures, which pytest finds by name
 
@@ -121,6 +121,26 @@ def test_quant_of_powers_of_two() -> None:
     found = call(op, source(op), FOLDER["kernels"], x)
     assert found.scale.flatten().tolist()[:5] == [1.0, 2.0, 1.0, 0.5, 2.0**-7]
     bit_exact(found, type(op).reference(x, **op.attrs))
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("depth", [1, 127, 128, 520])
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+def test_norm_and_quant(add: bool, dtype: str, depth: int, scale: str) -> None:
+    """Sums bit for bit; of the norm, whose mean is summed in another order, a step of e4m3 here and there."""
+    rows = [normal(depth + n, 5, depth, dtype=torch.float32).to(DTYPES[dtype].torch) for n in range(1 + add)]
+    w = normal(3, depth, dtype=torch.float32)
+    op = norm_op(dtype, depth, add, scale)
+    found = call(op, source(op), FOLDER["kernels"], *rows, w)
+    expected = type(op).reference(*rows, w, **op.attrs)
+    if add:
+        same(found[0], expected[0])
+        found, expected = found[1], expected[1]
+    assert torch.allclose(found.scale, expected.scale, rtol=2e-2 if dtype == "bf16" else 3e-3)
+    a, b = (Scaled(v.q, v.scale, (1, 128)).float() for v in (found, expected))
+    away = (a - b).abs() > 1e-5 * b.abs()
+    assert float(away.float().mean()) < 0.1 and bool(((a - b).abs() <= 0.13 * b.abs() + 1e-3).all())
 
 
 BLOCKS = [

@@ -137,6 +137,8 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("add_rms_norm", {1: "bf16[64]"}, "%x is bf16[N,64] but %residual is bf16[64]"),
     ("add_rms_norm", {2: "f32[63]"}, "K is 64 in %x but 63 in %w"),
     ("add_rms_norm", {"eps": -1.0}, "eps is -1.0: it must be 0 or more, and finite"),
+    ("add_rms_norm", {"scale": "ue8m0"}, "scale is ue8m0, but quant isn't given"),
+    ("rms_norm", {"quant": (1, 4, 4, 4)}, "blocks of 1x4x4x4 don't fit %x, bf16[N,64]"),
     ("attention", {1: "bf16[S,2,64]"}, "D is 192 in %q but 64 in %k"),
     ("attention", {2: "bf16[M,2,128]"}, "S is S in %k but M in %v"),
     ("attention", {2: "bf16[S,4,128]"}, "kv_heads is 2 in %k but 4 in %v"),
