@@ -94,7 +94,7 @@ class Kernels:
     def _stem(op: str, others: Iterable[str]) -> str:
         """The file of an op's kernels; Triton and PyTorch don't share one."""
         stem = identifier(op)
-        return f"{stem}_2" if stem in others else stem
+        return f"{stem}_more" if stem in others else stem  # _2 is what a second function is called
 
     def sources(self) -> dict[str, str]:
         """The kernel files, by path."""
