@@ -41,10 +41,10 @@ def files(folder: Path, goal: str) -> dict[str, str]:
 def test_kernels_of_both_kinds(tmp_path: Path) -> None:
     """K of 67 is for PyTorch: its quantisation lies beside Triton's, and its product calls that one."""
     found = files(tmp_path / "package", "sm_90a")
-    assert "@triton.jit" in found["quant"] and "@triton.jit" not in found["quant_2"]
+    assert "@triton.jit" in found["quant"] and "@triton.jit" not in found["quant_more"]
     assert "@triton.jit" in found["gather_grouped_linear"]
-    assert "from .quant_2 import quant" in found["gather_grouped_linear_2"]
-    assert "@triton.jit" not in found["gather_grouped_linear_2"]
+    assert "from .quant_more import quant" in found["gather_grouped_linear_more"]
+    assert "@triton.jit" not in found["gather_grouped_linear_more"]
     # Products of floats and of fp8 share a file and its helpers; it holds none that neither calls.
     down = found["grouped_linear"]
     assert down.count("def find_tile(") == 1 and "def quantize(" not in down
