@@ -138,6 +138,14 @@ class FP8Cast(Pass):
             return {
                 "linear": (product.where(self._not_kept), self._cast),
             }  # linear(x, w) -> linear(quant(x), w.q)
+        if op == "head_linear":
+            heads = P.head_linear("x", param("w"), transposed=ANY).where(floats).where(self._not_kept)
+            return {
+                "heads": (
+                    heads,
+                    lambda m: m.create("head_linear", m["x"], self._weight(m, m["w"]), **m.root.attrs),
+                ),
+            }  # head_linear(x, w) -> head_linear(x, w.q)
         experts = P.grouped_linear("x", param("w"), "off", maybe("slot"), to=ANY)
         fused = P.gather_grouped_linear(
             "x", param("w"), "slot", "off", per_row=ANY, epilogue=ANY, act=ANY, quant=ANY, scale=ANY, to=ANY

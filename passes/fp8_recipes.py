@@ -17,14 +17,17 @@ from moec.ir.types import parse_block
 from moec.ir.weights import WEIGHTS, bindings
 
 # What a recipe's ``ops`` may name.
-CASTABLE = ("linear", "grouped_linear")
+CASTABLE = ("linear", "grouped_linear", "head_linear")
+# What it names where it says nothing.
+USUAL = ("linear", "grouped_linear")
 # What its ``kv`` may be.
 KV = ("off", "per-tensor", "packed")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """ops          linear, grouped_linear (the experts' products, fused with their gather too)
+    """ops          linear, grouped_linear (the experts' products, fused with their gather too); head_linear,
+                 W_UK and W_UV of absorbed attention, only where it is named: its weights alone are cast
     activations  what of x shares a scale: 1x128 a row's tile, 1x* a row, *x* all
     weights      what of a weight shares a scale; native fp8 checkpoints keep their blocks
     scale        fp32, or ue8m0: powers of two
@@ -35,7 +38,7 @@ class Recipe:
     kv_scale     of kv=per-tensor; entries beyond 448 times it saturate
     """
 
-    ops: tuple[str, ...] = CASTABLE
+    ops: tuple[str, ...] = USUAL
     activations: str = "1x128"
     weights: str = "128x128"
     scale: str = "fp32"

@@ -132,7 +132,7 @@ def _stack(op: Op, args: list[Any]) -> str:
 
 register(
     Inline("linear", _linear, reasons=scaled),
-    Inline("head_linear", _head_linear),
+    Inline("head_linear", _head_linear, reasons=scaled),
     Inline("embedding", _embedding),
     Inline("rms_norm", _rms_norm, reasons=quantises),
     Inline("reshape", _reshape),

@@ -142,7 +142,21 @@ def _gather_grouped_linear(op: Op) -> dict[str, Any]:
     return {"quant": ""} | _experts(op) | {name: op.attrs[name] for name in ("per_row", "epilogue", "act")}
 
 
+def _head_linear(op: Op) -> dict[str, Any]:
+    x, w = _type(op, 0), _type(op, 1)
+    return {
+        "transposed": op.attrs["transposed"],
+        "dtype": x.dtype.torch_name,
+        "w_spread": spread("w_scale", "w", w),
+        "w_block": _shown(w.scale or ()),
+    }
+
+
 # Reasons against a record.
+def _plain_weights(op: Op) -> list[str]:
+    return [] if _type(op, 1).scale else ["w has no scales"]
+
+
 def _scaled_rows(op: Op) -> list[str]:
     return ["x has scales"] if _type(op, 0).scale else []
 
@@ -167,6 +181,13 @@ register(
         _linear,
         reasons=_no_scaled_rows,
         name="torch.emulated_fp8_linear",
+    ),
+    Templated(
+        "head_linear",
+        f"{FOLDER}/head_linear_scaled.py.jinja",
+        _head_linear,
+        reasons=_plain_weights,
+        name="torch.fp8_weights_head_linear",
     ),
     Templated(
         "grouped_linear",

@@ -9,7 +9,7 @@ import torch
 from moec.ir.attrs import BOOL, DTYPE
 from moec.ir.op import Cost, Op, attr, operand, result
 from moec.ir.ops.scaled import product_dtype, product_types
-from moec.ir.scaled import product, rounds_to
+from moec.ir.scaled import Scaled, product, rounds_to
 from moec.ir.types import TensorType
 
 
@@ -50,17 +50,22 @@ class Linear(Op, name="linear"):
 
 
 class HeadLinear(Op, name="head_linear"):
-    """Each head's x · wᵀ by a weight of its own, accumulated in fp32 and rounded once."""
+    """Each head's x · wᵀ by a weight of its own, accumulated in fp32 and rounded once.
+
+    A w with scales is multiplied as the numbers that it means, rounded to x's dtype: x itself is never
+    quantised, as one head's rows of a token are too few to fill an fp8 product's tile.
+    """
 
     products = True
     x = operand("[N, heads, K]")
-    w = operand("[heads, M, K], or [heads, K, M] where it is transposed")
+    w = operand("[heads, M, K], or [heads, K, M] where it is transposed; of x's dtype, or fp8 with scales")
     transposed = attr(BOOL, False, doc="x · w: the rows of w are K")
     y = result("[N, heads, M]")
 
     def infer(self) -> TensorType:
-        x, w = self.tensor(self.x, 3), self.tensor(self.w, 3)
-        self.same("the dtype", x.dtype, self.x, w.dtype, self.w)
+        x, w = self.tensor(self.x, 3), self.tensor(self.w, 3, scaled=True)
+        if not w.scale:
+            self.same("the dtype", x.dtype, self.x, w.dtype, self.w)
         self.same("heads", x.shape[1], self.x, w.shape[0], self.w)
         wide, deep = (2, 1) if self.transposed else (1, 2)
         self.same("K", x.shape[2], self.x, w.shape[deep], self.w)
@@ -70,8 +75,9 @@ class HeadLinear(Op, name="head_linear"):
         return Cost(2 * self.x.type.numel * self.y.type.shape[2], self.moved_bytes())
 
     @staticmethod
-    def reference(x: torch.Tensor, w: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    def reference(x: torch.Tensor, w: torch.Tensor | Scaled, *, transposed: bool) -> torch.Tensor:
         form = "nhk,hkm->nhm" if transposed else "nhk,hmk->nhm"
+        w = w.float().to(x.dtype) if isinstance(w, Scaled) else w
         return torch.einsum(form, x.float(), w.float()).to(x.dtype)
 
 

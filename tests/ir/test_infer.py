@@ -319,6 +319,11 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("grouped_linear", {3: "f32[8*N]"}, "%slot is f32[8*N], not integers"),
     ("head_linear", {0: "bf16[N,64]"}, "%x is bf16[N,64], not of rank 3"),
     ("head_linear", {1: "bf16[32,64]"}, "%w is bf16[32,64], not of rank 3"),
+    (
+        "head_linear",
+        {0: "f8e4m3[N,16,64]@s1x64"},
+        "%x is f8e4m3[N,16,64]@s1x64: this op doesn't read block scales",
+    ),
     ("head_linear", {1: "f32[16,32,64]"}, "the dtype is bf16 in %x but f32 in %w"),
     ("head_linear", {1: "bf16[8,32,64]"}, "heads is 16 in %x but 8 in %w"),
     ("head_linear", {1: "bf16[16,32,63]"}, "K is 64 in %x but 63 in %w"),

@@ -34,7 +34,10 @@ def test_a_sound_package_is_equal(tiny: str, tmp_path: Path) -> None:
             assert max(r.median for r in verdict.rows) < 1e-5, "but for single tokens the same numbers"
 
 
-@pytest.mark.parametrize("recipe", ["per-row", "per-tensor", "deepseek-v3.1", "block=16"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["per-row", "per-tensor", "deepseek-v3.1", "block=16", "ops=[linear,grouped_linear,head_linear]"],
+)
 def test_every_recipe_is_judged(recipe: str, tmp_path: Path) -> None:
     package = moec.build("deepseek-v3-tiny", out=tmp_path / "x", options=moec.BuildOptions(fp8=recipe)).path
     assert verify_package(package, "random:0", decode=1).ok

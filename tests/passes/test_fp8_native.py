@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from moec.errors import InternalError
 from moec.ir import Interpreter, Module, Op, parse_module, print_module
+from moec.models import lower, preset
+from moec.models.quantization import BlockFP8
 from moec.passes import Oracle, parse_pipeline
 from moec.passes.manager import PassManager
 from tests.passes.fp8_layer import CUT, GROUP, bound, same_bits
@@ -140,3 +143,33 @@ def test_the_oracle_catches_a_transposed_scale(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fp8_weights, "_stored", transposed)
     monkeypatch.setattr("moec.passes.fp8_cast.Quantiser", Planted)
     assert caught(parse_module(text))
+
+
+@pytest.mark.parametrize("block", [(8, 8), (4, 8), (128, 128)])
+def test_w_uk_and_w_uv_keep_a_native_kv_b_proj_s_bytes(block: tuple[int, int]) -> None:
+    """Heads of 10 + 12 rows straddle the blocks: scales for two rows each."""
+    spec = replace(preset("deepseek-v3-tiny"), quantization=BlockFP8(block=block))
+    m = lower(spec)
+    weights = random_weights(m)
+    plain = m.clone()
+    run("canonicalise,mla-absorb", plain)
+    run("canonicalise,mla-absorb,fp8-cast{ops=[linear,grouped_linear,head_linear]}", m)
+    found, wide = bound(m, weights), Interpreter(plain, weights)._bound
+    attention = "model.layers.1.self_attn.kv_b_proj"
+    q, scale = weights[f"{attention}.weight"], weights[f"{attention}.weight_scale_inv"]
+    rows = {8: 2, 4: 2, 128: 2}[block[0]]
+    by_row = scale.repeat_interleave(block[0], 0)[:66].view(3, 22, -1)
+    for name, first, last in (("w_uk", 0, 10), ("w_uv", 10, 22)):
+        got = found[f"{attention}.{name}.q"]
+        assert same_bits(got.q, q.view(3, 22, 24)[:, first:last])
+        assert got.block == (rows, block[1])
+        assert torch.equal(got.scale, by_row[:, first:last:rows])
+        assert torch.equal(got.float(), wide[f"{attention}.{name}"])  # type: ignore[arg-type]
+    assert not any(n.endswith(("w_uk", "w_uv")) for n in found)
+
+
+def test_weights_of_heads_are_cast_only_where_the_recipe_names_them() -> None:
+    m = lower(replace(preset("deepseek-v3-tiny"), quantization=BlockFP8(block=(8, 8))))
+    run("canonicalise,mla-absorb,fp8-cast", m)
+    text = print_module(m)
+    assert "kv_b_proj.w_uk)" in text and "w_uk.q" not in text
