@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import moec
+from moec.check import verify_package
 from moec.errors import ConfigContradiction
 from moec.models import from_hf, lower
 from moec.passes.pipelines import DEFAULT_LEVEL, LEVELS
@@ -146,6 +147,17 @@ def test_fp8_checkpoint(tmp_path: Path, execute: Execute, block: int) -> None:
     logits, tokens = execute(expected.folder, _FP8.prompts, _FP8.new_tokens)
     assert max(map(hf.difference, logits, expected.logits)) < hf.TOLERANCE
     assert tokens == expected.tokens
+
+
+@pytest.mark.parametrize("level", [0, 2, 3])
+def test_fp8_checkpoint_in_fp8(tmp_path: Path, level: int) -> None:
+    """Its bytes are multiplied as they are: verified against the naive IR, which dequantises them."""
+    hf.write(_FP8, tmp_path, 0)
+    hf.quantise(tmp_path, tmp_path / "fp8", tmp_path / "plain", 128)
+    options = moec.BuildOptions(opt_level=level, fp8=True)
+    package = moec.build(str(tmp_path / "fp8"), "cpu", tmp_path / "p", dtype="f32", options=options)
+    verdict = verify_package(package.path, str(tmp_path / "fp8"), tokens=20, decode=2)
+    assert verdict.ok and not verdict.exact and verdict.wrong == 0
 
 
 # What transformers leaves undefined.

@@ -52,6 +52,16 @@ def test_the_example_at_each_level(level: int, tmp_path: Path) -> None:
     assert [t.tolist() for t in model.generate(prompt, 12)] == [t.tolist() for t in want.generate(prompt, 12)]
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_example_in_fp8_at_each_level(level: int, tmp_path: Path) -> None:
+    """Each choice of experts is explained by rounding; with the choices pinned the naive model is near."""
+    options = moec.BuildOptions(opt_level=level, fp8=True)
+    built = moec.build(EXAMPLE, "cpu", tmp_path / "text", dtype="f32", options=options)
+    verdict = verify_package(built.path, EXAMPLE, tokens=40, decode=2)
+    assert verdict.ok and not verdict.exact and verdict.wrong == 0
+    assert min(r.sqnr for r in verdict.rows if "prefill" in r.value and r.sqnr is not None) > 15
+
+
 INTERPRET = """
 import json, sys, torch, moec
 prompts = json.loads(sys.argv[1])
