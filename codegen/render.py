@@ -79,6 +79,7 @@ class Names:
     def __init__(self, taken: Iterable[str] = ()) -> None:
         self._taken = set(taken) | set(keyword.kwlist)
         self._of: dict[Any, str] = {}
+        self._last: dict[str, int] = {}  # by wish: the last number that was given to it
 
     def __getitem__(self, key: Any) -> str:
         return self._of[key]
@@ -92,11 +93,12 @@ class Names:
 
     def add(self, key: Any, wish: str) -> str:
         base = identifier(wish)
-        name, number = base, 1
+        name, number = base, self._last.get(base, 1)
         while name in self._taken:
             number += 1
             name = f"{base}_{number}"
         self._taken.add(name)
+        self._last[base] = number
         self._of[key] = name
         return name
 
