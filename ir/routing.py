@@ -253,7 +253,13 @@ def read_trace(path: Path | str) -> Array:
             f"{path} is no trace: {found.dtype} {list(found.shape)} is neither integers [layers, tokens, k] "
             "nor records with a field id of these"
         )
-    return ids.astype(np.int64).reshape((1, *ids.shape) if ids.ndim == 2 else ids.shape)
+    ids = ids.astype(np.int64).reshape((1, *ids.shape) if ids.ndim == 2 else ids.shape)
+    ordered = np.sort(ids, axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if twice.any():
+        layer, token, _ = np.argwhere(twice)[0]
+        raise BadOption(f"{path} is no trace: token {token} of its layer {layer} chooses an expert twice")
+    return ids
 
 
 def parse_routing(text: str) -> Routing:

@@ -213,7 +213,7 @@ class Comparison:
     floors: tuple[float, float] | None = None  # of the SQNR, in dB: of many tokens and of few
 
     def __init__(self, limit: float, judged: str = "worst") -> None:
-        if limit <= 0:
+        if not limit > 0:
             raise BadOption(f"tolerance is {limit}; it must be above 0")
         self.limit, self.judged = limit, judged
         self.rows: list[Row] = []

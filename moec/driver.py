@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from moec import __version__, codegen, models, passes
 from moec.config import BuildOptions
 from moec.errors import BadOption, nearest
 from moec.ir import Module
-from moec.ir.devices import GPUS
+from moec.passes.fp8_recipes import without_fp8
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +86,6 @@ def build(
         say(f"lowering {model.name}")
         module = models.lower(model)
         module.target = goal.name
-        if instead := without_fp8(chosen, model):
-            warnings.warn(instead, stacklevel=2)
         about = describe(model, chosen)
         if chosen.resume is not None:
             module, about = resume(module, chosen, about, aside, say)
@@ -133,22 +130,15 @@ def pipeline_of(options: BuildOptions) -> list[passes.Pass]:
     return stop_after(whole, options.stop_after)
 
 
-def fp8_of(options: BuildOptions) -> str:
-    """The fp8-cast that these options ask for, as a pipeline writes it; "" for none."""
-    return ",".join(str(p) for p in pipeline_of(options) if p.name == "fp8-cast")
+def asked_fp8(pipeline: Sequence[passes.Pass]) -> str:
+    """The fp8-cast of a pipeline, as it writes it; "" for none."""
+    return ",".join(str(p) for p in pipeline if p.name == "fp8-cast")
 
 
-def without_fp8(options: BuildOptions, model: Any) -> str:
-    """What happens instead where fp8 is asked for on a target that can't multiply it; "" elsewhere."""
-    gpu = GPUS.get(options.target)
-    if gpu is None or gpu.fp8 or not fp8_of(options):
-        return ""
-    kept = any(p.options.chosen.kv != "off" for p in pipeline_of(options) if p.name == "fp8-cast")
-    return (
-        f"{gpu.name} ({gpu.stands_for}) has no fp8 units: products stay in {model.dtype}, and weights that a "
-        "checkpoint stores in fp8 are dequantised when they are loaded"
-        + ("; the KV cache is kept in 8 bits all the same" if kept else "")
-    )
+def fp8_of(target: str, pipeline: Sequence[passes.Pass]) -> str:
+    """What the manifest says of fp8: the cast, or what happens instead where a target can't multiply it."""
+    casts = [p.options.chosen for p in pipeline if p.name == "fp8-cast"]
+    return next(filter(None, (without_fp8(target, recipe) for recipe in casts)), asked_fp8(pipeline))
 
 
 def stop_after(pipeline: list[passes.Pass], last: str | None, first: int = 1) -> list[passes.Pass]:
@@ -193,11 +183,19 @@ def resume(
     say(f"reading {dump}")
     whole = pipeline_of(replace(options, passes=None, stop_after=None))
     resumed = read_dump(dump, naive, whole, options.passes)
+    whole_run = [*passes.parse_pipeline(resumed.module.ran), *resumed.passes]
+    asked, found = asked_fp8(pipeline_of(options)), asked_fp8(whole_run)
+    if options.fp8 and asked != found:
+        raise BadOption(
+            f"{asked} is asked for, but what {dump} says ran and is to run has {found or 'no fp8-cast'}: "
+            "resume a dump of a build with that, or say with -p what is to run"
+        )
     optimise(naive, [], folder, say)
     pipeline = stop_after(resumed.passes, options.stop_after, steps(resumed.module) + 1)
     optimise(resumed.module, pipeline, folder, say, "resumed")
     ignored = [*about["ignored"], *unread(resumed.module, naive)]
-    return resumed.module, about | {"ignored": ignored, "resumed": resumed.record}
+    about = about | {"ignored": ignored, "resumed": resumed.record, "fp8": fp8_of(options.target, whole_run)}
+    return resumed.module, about
 
 
 def describe(model: Any, options: BuildOptions) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def describe(model: Any, options: BuildOptions) -> dict[str, Any]:
         "max_positions": getattr(model, "max_positions", None),
         "eos": list(getattr(model, "eos", ()) or ()),
         "options": options.as_manifest(),
-        "fp8": without_fp8(options, model) or fp8_of(options),
+        "fp8": fp8_of(options.target, pipeline_of(options)),
         "ignored": [list(pair) for pair in getattr(model, "ignored", ())],
     }
 

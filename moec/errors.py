@@ -266,6 +266,12 @@ class BadSchedule(MoecError):
     code = "M0705"
 
 
+class ToleranceExceeded(MoecError):
+    """A pass changed an output by more than the tolerance that its run was given."""
+
+    code = "M0706"
+
+
 # 08: compiling and launching kernels
 class CompileFailed(MoecError):
     """A kernel's variant that its compiler refuses; the message is the compiler's."""

@@ -25,6 +25,8 @@ keep about 28 dB or more of signal to noise."""
 
 from __future__ import annotations
 
+import warnings
+
 from moec.ir import DType, Module, Value
 from moec.ir.devices import GPUS
 from moec.ir.op import Param
@@ -33,7 +35,7 @@ from moec.ir.types import bf16, f16, f32, parse_block
 from moec.ir.weights import bindings, weights_name
 from moec.passes.cleanup import drop_dead_ops
 from moec.passes.fp8_cache import cast_caches
-from moec.passes.fp8_recipes import Options, Skips
+from moec.passes.fp8_recipes import Options, Skips, without_fp8
 from moec.passes.fp8_weights import Quantiser, all_native, is_native
 from moec.passes.loading import (
     bind,
@@ -121,6 +123,8 @@ class FP8Cast(Pass):
         self._skips = Skips(module, self.recipe.skip)
         self._skips.check()
         self._native = any(op.name == "scaled" for f in module for op in f.ops_named("scaled"))
+        if instead := without_fp8(module.target, self.recipe):
+            warnings.warn(instead, stacklevel=2)
         gpu = GPUS.get(module.target)
         self._lacking = "" if gpu is None or gpu.fp8 else f"{gpu.name} ({gpu.stands_for})"
         rules = {name: rule for op in self.recipe.ops for name, rule in self._rules(op).items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 from moec.errors import BadOption, ParseError, nearest
 from moec.ir import Function, Module, Op, Value
+from moec.ir.devices import GPUS
 from moec.ir.op import OpResult, Param
 from moec.ir.ops.control import Loop
 from moec.ir.ops.scaled import SCALE_FORMAT
@@ -54,6 +55,18 @@ RECIPES = {
     "per-row": Recipe(activations="1x*", weights="1x*"),
     "per-tensor": Recipe(activations="*x*", weights="*x*"),
 }
+
+
+def without_fp8(target: str, recipe: Recipe) -> str:
+    """What happens instead where ``target`` can't multiply the fp8 that ``recipe`` asks for; "" elsewhere."""
+    gpu = GPUS.get(target)
+    if gpu is None or gpu.fp8 or not recipe.ops:
+        return ""
+    return (
+        f"{gpu.name} ({gpu.stands_for}) has no fp8 units: products stay in the model's dtype, and weights "
+        "that a checkpoint stores in fp8 are dequantised when they are loaded"
+        + ("; the KV cache is kept in 8 bits all the same" if recipe.kv != "off" else "")
+    )
 
 
 @dataclass(frozen=True)

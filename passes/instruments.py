@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moec.errors import InternalError, OutputUnwritable
+from moec.errors import BadOption, OutputUnwritable, ToleranceExceeded
 from moec.ir import CacheType, Interpreter, Module, Op, TensorType, print_module
 from moec.ir.cached import PagedCache
 from moec.ir.interp import Alter
@@ -147,6 +147,8 @@ class Oracle(Instrument):
         self._values: dict[str, Any] = {}
 
     def start(self, module: Module) -> None:
+        if self.tolerance is not None and not self.tolerance >= 0:
+            raise BadOption(f"tolerance is {self.tolerance}; it must be 0 or more")
         self.rows = []
         self._outputs, self._values = self._interpret(module)
 
@@ -168,7 +170,7 @@ class Oracle(Instrument):
         self._outputs, self._values = outputs, values
         error, worst = max(((e, k) for k, e in errors.items()), default=(0.0, ""))
         if self.tolerance is not None and error > self.tolerance:
-            raise InternalError(
+            raise ToleranceExceeded(
                 f"{run.ran.name} changed {worst} by {error:.2e}, more than {self.tolerance:.2e}"
             )
 

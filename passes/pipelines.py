@@ -32,6 +32,8 @@ def fp8_pass(fp8: bool | str) -> list[str]:
         return ["fp8-cast"] * fp8
     recipe, brace, options = fp8.strip().partition("{")
     if brace:
+        if not options.endswith("}"):
+            raise BadOption(f"fp8: {fp8!r} has no closing brace")
         options = options.removesuffix("}")
     elif "=" in recipe:
         recipe, options = "", recipe

@@ -174,7 +174,9 @@ class LanguageModel(Loaded):
         Raises BadInput, also for ids, pages or slots out of range, and where no sequence has a new token.
         """
         h = self.hidden(batch, cache)
-        if len(batch.seq_lens) and not len(h):
+        ends = batch.cu_seqlens
+        new = int(ends[-1]) if ends.device.type == "cpu" else len(h)  # to read back a GPU's would stall it
+        if len(batch.seq_lens) and not new:
             raise BadInput("no sequence of the batch has a new token")
         last = (batch.cu_seqlens[1:].long() - 1).clamp(min=0)
         return self.head(h[last.to(self.memory, non_blocking=True)])

@@ -11,6 +11,7 @@ import click
 
 from moec.commands import ui
 from moec.config import BuildOptions
+from moec.errors import BadOption
 
 
 @click.command("build")
@@ -44,6 +45,8 @@ def command(
     SPEC is a preset (`moec list models`), a Hugging Face folder or its config.json, or a model of your own as
     FILE.py:NAME.
     """
+    if fp8_recipe is not None and not fp8_recipe.strip():
+        raise BadOption("--fp8-recipe is empty; --fp8 alone takes the default recipe")
     options = BuildOptions.from_environment(**given, force=force or None, fp8=fp8_recipe or fp8 or None)
     start = time.perf_counter()
     with ui.status(f"building {spec}") as say:

@@ -187,3 +187,10 @@ def test_routings_are_parsed_and_printed() -> None:
     ]:
         with pytest.raises(BadOption, match=why):
             parse_routing(bad)
+
+
+def test_no_token_chooses_an_expert_twice(tmp_path: Path) -> None:
+    file = tmp_path / "t.npy"
+    np.save(file, np.array([[[0, 1], [2, 2]], [[1, 0], [-1, -1]]]))
+    with pytest.raises(BadOption, match="token 1 of its layer 0 chooses an expert twice"):
+        parse_routing(str(file))

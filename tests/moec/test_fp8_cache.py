@@ -98,5 +98,6 @@ def test_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
 
 def test_where_nothing_multiplies_fp8_the_cache_is_still_kept_so(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no fp8 units.*the KV cache is kept in 8 bits all the same"):
-        package = built(tmp_path, "llama-tiny", "per-tensor", "sm_80", "bf16")
+        options = moec.BuildOptions(fp8="kv=per-tensor")
+        package = moec.build("llama-tiny", "sm_80", tmp_path / "p", dtype="bf16", options=options)
     assert package.manifest["caches"][0]["dtype"] == "f8e4m3"

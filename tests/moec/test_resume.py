@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def dump(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(built / "ir" / GROUPED, tmp_path / GROUPED))
 
 
-def resume(dump: Path, out: Path, **more: str) -> moec.Built:
+def resume(dump: Path, out: Path, **more: Any) -> moec.Built:
     return moec.build(PRESET, out=out, dtype="f32", options=moec.BuildOptions(resume=str(dump), **more))
 
 
@@ -169,3 +170,11 @@ def test_stop_after(cli: Cli, tmp_path: Path) -> None:
 def test_stop_after_in_a_resumed_build_counts_as_the_whole_does(dump: Path, tmp_path: Path) -> None:
     made = resume(dump, tmp_path / "again", stop_after="5")
     assert made.ir_files[-1].name == "005_canonicalise.moec"
+
+
+def test_fp8_that_the_dump_does_not_have_is_refused(dump: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadOption, match=r"fp8-cast is asked for, .* no fp8-cast"):
+        resume(dump, tmp_path / "no", fp8=True)
+    assert not (tmp_path / "no").exists()
+    made = resume(dump, tmp_path / "given", passes="fp8-cast,select,plan")
+    assert made.manifest["fp8"] == "fp8-cast", "what ran, not what was asked for"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec import models
-from moec.errors import InternalError
+from moec.errors import ToleranceExceeded
 from moec.ir import Module, parse_module, print_module
 from moec.passes import Oracle, fold_shared, parse_pipeline, pipeline
 from moec.passes.fold_shared import RULES
@@ -256,5 +256,5 @@ def test_the_oracle_catches_columns_in_the_wrong_order(monkeypatch: pytest.Monke
     m = parse_module(BLOCK)
     inputs = (tokens(4, 4), tokens(4, 3, seed=2))
     oracle = Oracle({"forward": inputs}, random_weights(m), tolerance=1e-5)
-    with pytest.raises(InternalError, match="expert-grouping changed forward"):
+    with pytest.raises(ToleranceExceeded, match="expert-grouping changed forward"):
         PassManager(parse_pipeline(FOLD), [oracle]).run(m)

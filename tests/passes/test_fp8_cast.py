@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from moec.errors import BadOption
 from moec.ir import parse_module, print_module
 from moec.models import lower, preset
 from moec.models.families import FAMILIES
@@ -158,3 +159,8 @@ def test_every_rule_of_the_tables_is_met_here() -> None:
     m = layer()
     fired = {name for r in run("fp8-cast,permute-fusion", m) for name in r.fired}
     assert set(GATHER) | set(QUANT) <= fired
+
+
+def test_a_recipe_without_its_closing_brace_is_refused() -> None:
+    with pytest.raises(BadOption, match="no closing brace"):
+        pipeline(2, "cpu", "per-row{kv=packed")

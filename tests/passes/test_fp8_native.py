@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moec.errors import InternalError
+from moec.errors import ToleranceExceeded
 from moec.ir import Interpreter, Module, Op, parse_module, print_module
 from moec.models import lower, preset
 from moec.models.quantization import BlockFP8
@@ -111,7 +111,7 @@ def test_the_oracle_catches_a_transposed_scale(monkeypatch: pytest.MonkeyPatch) 
         oracle = Oracle({"forward": (tokens(4, 8),)}, weights, tolerance=0.1)
         try:
             PassManager(parse_pipeline("fp8-cast{block=4}"), [oracle]).run(m)
-        except InternalError:
+        except ToleranceExceeded:
             return True
         return False
 

@@ -6,6 +6,7 @@ comprehensions too, so that no search through all functions hides. Only loops in
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,11 +37,13 @@ def lines_run(work: Callable[[], Any]) -> int:
         return trace
 
     before = sys.gettrace()
+    gc.disable()  # whatever others have it call is no work of ours
     sys.settrace(trace)
     try:
         work()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moec.errors import BadOption, InternalError, IRError, OutputUnwritable
+from moec.errors import BadOption, InternalError, IRError, OutputUnwritable, ToleranceExceeded
 from moec.ir import Module, print_module, read_module
 from moec.ir.op import op_class
 from moec.passes import (
@@ -203,7 +203,7 @@ def test_the_oracle_sees_what_changed_and_what_did_not() -> None:
 def test_the_oracle_can_stop_the_pipeline() -> None:
     m = MoE().build()
     oracle = Oracle({"forward": [tokens(5, 8)]}, random_weights(m), tolerance=1e-5)
-    with pytest.raises(InternalError, match=r"break changed forward.0 by 1.00e\+00, more than 1.00e-05"):
+    with pytest.raises(ToleranceExceeded, match=r"break changed forward.0 by 1.00e\+00, more than 1.00e-05"):
         PassManager([Break("result")], [oracle]).run(m)
 
 
@@ -315,3 +315,11 @@ def test_what_a_dump_has_behind_it_counts(text: str) -> None:
     PassManager(parse_pipeline("plan")).run(m)
     m.ran = "canonicalise,a-pass-of-another-moec"
     PassManager(parse_pipeline(text)).run(m)
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), -1.0])
+def test_a_tolerance_that_judges_nothing_is_refused(tolerance: float) -> None:
+    m = MoE().build()
+    oracle = Oracle({"forward": [tokens(5, 8)]}, random_weights(m), tolerance)
+    with pytest.raises(BadOption, match="it must be 0 or more"):
+        PassManager([], [oracle]).run(m)

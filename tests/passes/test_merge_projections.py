@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec import models
-from moec.errors import BadOption, InternalError
+from moec.errors import BadOption, ToleranceExceeded
 from moec.ir import Interpreter, Module, Value, parse_module, print_module
 from moec.passes import Oracle, parse_pipeline, pipeline
 from moec.passes.manager import PassManager
@@ -286,7 +286,7 @@ def test_the_oracle_catches_parts_in_the_wrong_order(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(MergeProjections, "_join", swapped)
     m = block(("f32[16,4]", "f32[8,4]"), ("f32[N,16]", "f32[N,8]"))
     oracle = Oracle({"forward": (tokens(3, 4),)}, random_weights(m), tolerance=1e-5)
-    with pytest.raises(InternalError, match="merge-projections changed forward"):
+    with pytest.raises(ToleranceExceeded, match="merge-projections changed forward"):
         PassManager(parse_pipeline("merge-projections"), [oracle]).run(m)
 
 

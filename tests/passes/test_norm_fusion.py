@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.errors import InternalError
+from moec.errors import ToleranceExceeded
 from moec.ir import Interpreter, Module, Value, parse_module, print_module
 from moec.ir.scaled import quantize
 from moec.models import Model
@@ -214,7 +214,7 @@ def test_the_oracle_catches_a_sum_that_is_left_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(RULES, "add-norm", (RULES["add-norm"][0], forgetful))  # type: ignore[arg-type]
     m = block()
     oracle = Oracle({"forward": (tokens(3, 8, 1), tokens(3, 8, 2))}, random_weights(m), tolerance=1e-5)
-    with pytest.raises(InternalError, match="norm-fusion changed forward"):
+    with pytest.raises(ToleranceExceeded, match="norm-fusion changed forward"):
         PassManager(parse_pipeline("norm-fusion"), [oracle]).run(m)
 
 
@@ -226,7 +226,7 @@ def test_the_oracle_catches_a_quant_by_another_block(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(RULES, "norm-quant", (RULES["norm-quant"][0], coarse))  # type: ignore[arg-type]
     m = parse_module(QUANT)
     oracle = Oracle({"forward": (tokens(3, 8, 1), tokens(3, 8, 2))}, scaled_weights(m), tolerance=1e-5)
-    with pytest.raises(InternalError, match="norm-fusion changed forward"):
+    with pytest.raises(ToleranceExceeded, match="norm-fusion changed forward"):
         PassManager(parse_pipeline("norm-fusion"), [oracle]).run(m)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec import models
-from moec.errors import InternalError
+from moec.errors import ToleranceExceeded
 from moec.ir import Interpreter, Module, Value, parse_module, print_module
 from moec.ir.ops.attention import PagedCache
 from moec.ir.types import CacheType, IndexType, symbol
@@ -198,7 +198,7 @@ def test_the_oracle_catches(
     monkeypatch.setitem(table, rule, (table[rule][0], mistaken))
     m = parse_module(SOURCES[name])
     oracle = Oracle({"forward": inputs(m, 4)}, random_weights(m), tolerance=1e-5)
-    with pytest.raises(InternalError, match="rope-cache-fusion changed forward"):
+    with pytest.raises(ToleranceExceeded, match="rope-cache-fusion changed forward"):
         PassManager(parse_pipeline("rope-cache-fusion"), [oracle]).run(m)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec import models
-from moec.errors import InternalError
+from moec.errors import ToleranceExceeded
 from moec.ir import Interpreter, Module, Value, parse_module, print_module
 from moec.passes import Oracle, parse_pipeline, pipeline
 from moec.passes.manager import PassManager
@@ -129,5 +129,5 @@ def test_the_oracle_catches_slots_of_other_ids(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(ROUTING, "route-sort", (ROUTING["route-sort"][0], unbiased))  # type: ignore[arg-type]
     m = block()
     oracle = Oracle({"forward": (tokens(9, 6),)}, random_weights(m), tolerance=1e-5)
-    with pytest.raises(InternalError, match="permute-fusion changed forward"):
+    with pytest.raises(ToleranceExceeded, match="permute-fusion changed forward"):
         PassManager(parse_pipeline(FUSE), [oracle]).run(m)
