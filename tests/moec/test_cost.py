@@ -160,7 +160,7 @@ def test_what_is_refused(cli: Cli, mine: Path, args: tuple[str, ...], code: int,
 
 
 def test_a_trace_of_another_model_is_refused(cli: Cli, mine: Path, tmp_path: Path) -> None:
-    np.save(tmp_path / "trace.npy", np.zeros((1, 16, 3), int))
+    np.save(tmp_path / "trace.npy", np.tile(np.arange(3), (1, 16, 1)))
     done = cli("show", mine, "--cost", "--at", "T=16", "--routing", tmp_path / "trace.npy")
     assert (done.code, done.out) == (1, "")
     assert "no layer in it chooses 2 experts a token" in done.err
