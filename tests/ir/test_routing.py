@@ -100,8 +100,8 @@ def test_no_tokens_need_no_experts() -> None:
 def test_chances_add_up_to_k_and_fall_with_preference(experts: int, s: float, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, experts))
     chosen = Zipf(s).chosen(experts, k)
-    assert chosen.sum() == pytest.approx(k)
-    assert (np.diff(chosen) <= 1e-9).all()
+    assert chosen.sum() == pytest.approx(k, rel=1e-3)  # an integral by quadrature, cut off at 1
+    assert (np.diff(chosen) <= 1e-4).all()
     assert chosen.min() >= 0 and chosen.max() <= 1
 
 
