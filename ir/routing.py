@@ -130,22 +130,26 @@ class Zipf(Independent):
         return f"zipf:{self.s:g}"
 
 
+# Of log t in the integral below: half of it changes no digit of the first ten.
+LOG_STEP = 0.125
+
+
 @cache
 def chosen_in_turn(preferences: tuple[float, ...], k: int) -> Array:
     """[E] probabilities to be among k drawn without replacement, each draw in proportion to ``preferences``.
 
     Such a draw is the order in which independent Exp(p_i) clocks ring, so expert i is chosen where fewer than
     k others rang before it:  ∫ p_i·exp(-p_i·t) · P(fewer than k others by t) dt.  The others' count is a sum
-    of independent ones, its probabilities a product of polynomials; the integral is a Gauss-Legendre sum.
+    of independent ones, its probabilities a product of polynomials. Clocks may differ by many powers of ten,
+    so the integral is over log t: smooth and vanishing at both ends, where equal steps are most exact.
     """
     p = np.asarray(preferences) / sum(preferences)
     count = len(p)
     if k >= count:
         return np.ones(count)
-    x, weight = np.polynomial.legendre.leggauss(600)
-    x, weight = (x + 1) / 2, weight / 2
-    scale = _time_of(p, k)
-    t, dt = scale * x / (1 - x), weight * scale / (1 - x) ** 2  # (0, 1) stretched over (0, ∞)
+    # Before the first time no clock has rung but for 1e-14, after the last all have.
+    u = np.arange(math.log(1e-14 / p.max()), math.log(40 / p.min()), LOG_STEP)
+    t = np.exp(u)
     rang = -np.expm1(-np.outer(p, t))  # [E, times]
 
     def times_item(poly: Array, i: int) -> Array:  # [k, times]: the probabilities of 0..k-1 having rung
@@ -161,19 +165,8 @@ def chosen_in_turn(preferences: tuple[float, ...], k: int) -> Array:
     for i in range(count):
         others_before, others_after = before[i], np.cumsum(after[count - 1 - i], axis=0)
         fewer = sum(others_before[a] * others_after[k - 1 - a] for a in range(k))
-        found[i] = (p[i] * np.exp(-p[i] * t) * fewer * dt).sum()
-    return np.minimum(found * (k / found.sum()), 1.0)
-
-
-def _time_of(p: Array, k: int) -> float:
-    """When k clocks have rung on average: what the integral's time is measured in."""
-    low, high = 0.0, 1.0
-    while -np.expm1(-p * high).sum() < k:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if -np.expm1(-p * middle).sum() < k else (low, middle)
-    return high
+        found[i] = (p[i] * t * np.exp(-p[i] * t) * fewer).sum() * LOG_STEP  # dt = t·du
+    return np.minimum(found, 1.0)
 
 
 def binomial_cdf(n: int, p: float) -> Array:

@@ -88,6 +88,8 @@ def complete(given: dict[str, int], module: Module) -> dict[str, int]:
     sizes = dict(given)
     sequences = sizes.setdefault("B", 1)
     tokens = sizes.setdefault("N", sequences)
+    if tokens and not sequences and "B" in symbols(module):
+        raise BadOption(f"B=0 sequences can't have {tokens} new tokens")
     context = sizes.pop(CONTEXT, None)
     if context is not None:
         sizes["S"] = sequences * context

@@ -13,6 +13,7 @@ from moec import __version__, codegen, models, passes
 from moec.config import BuildOptions
 from moec.errors import BadOption, nearest
 from moec.ir import Module
+from moec.ir.text import split_top
 from moec.passes.fp8_recipes import without_fp8
 
 if TYPE_CHECKING:
@@ -166,7 +167,14 @@ def optimise(
         def before(self, run: passes.PassRun, module: Module) -> None:
             say(f"pass {run.ran.name}")
 
-    instruments = [Announce(), passes.Dump(folder / "ir", first), passes.Events(folder / "events.jsonl")]
+        def replay(self, run: passes.PassRun) -> str:
+            """A failed build leaves no dump behind: how to get the one that the pass was given."""
+            command = dump.replay(run).replace(str(folder), "DIR")
+            stop = f"--stop-after {before + run.number - 1}" if before + run.number > 1 else "-O0"
+            return f"build with {stop} --out DIR, then {command}"
+
+    before, dump = len(split_top(module.ran)), passes.Dump(folder / "ir", first)
+    instruments = [Announce(), dump, passes.Events(folder / "events.jsonl")]
     passes.PassManager(pipeline, instruments).run(module)
 
 

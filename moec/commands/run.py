@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import codecs
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Protocol
 
 import click
@@ -129,8 +129,11 @@ def _check_trace(file: Path, force: bool) -> None:
         raise OutputExists(f"{file} exists; --force replaces it")
     if not file.parent.is_dir():
         raise OutputUnwritable(f"can't write {file}: {file.parent} is no folder")
-    if not os.access(file.parent, os.W_OK):  # before the run, not after it
-        raise OutputUnwritable(f"can't write {file}: {file.parent} may not be written to")
+    try:  # before the run, not after it
+        with NamedTemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise OutputUnwritable(f"can't write {file}: {error.strerror}") from None
 
 
 def _continue(

@@ -164,3 +164,7 @@ def test_a_trace_of_another_model_is_refused(cli: Cli, mine: Path, tmp_path: Pat
     done = cli("show", mine, "--cost", "--at", "T=16", "--routing", tmp_path / "trace.npy")
     assert (done.code, done.out) == (1, "")
     assert "no layer in it chooses 2 experts a token" in done.err
+
+
+def test_no_tokens_without_a_sequence(cli: Cli) -> None:
+    cli("show", "llama-tiny", "--cost", "--at", "T=1,B=0").refused("M0701", "B=0", "1 new token")

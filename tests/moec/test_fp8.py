@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -120,3 +121,14 @@ def test_a_gpu_s_package_in_the_interpreter(level: int, latent: bool, tmp_path: 
     assert run.returncode == 0, run.stderr[-2000:]
     to_last, to_naive = map(float, run.stdout.split())
     assert to_last > 30.0 and to_naive > 12.0, run.stdout
+
+
+def test_a_failed_build_says_how_to_get_at_its_ir(tmp_path: Path, cli: Cli) -> None:
+    """Its own dumps are gone. What it says works, typed as it stands."""
+    recipe = "skip=[nosuchparam]"
+    failed = cli("build", "llama-tiny", "-o", tmp_path / "a", "--fp8-recipe", recipe)
+    assert failed.code == 1 and not (tmp_path / "a").exists()
+    number = re.search(r"build with --stop-after (\d+) --out DIR, then moec opt DIR/(\S+) -p", failed.err)
+    assert number is not None, failed.err
+    made = cli("build", "llama-tiny", "-o", tmp_path / "b", "--stop-after", number[1])
+    assert made.code == 0 and (tmp_path / "b" / number[2]).is_file()

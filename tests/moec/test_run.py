@@ -176,3 +176,8 @@ def test_a_trace_of_the_routing_is_written_and_read_again(cli: Cli, built: Path,
     assert cli(*run, "--record-routing", trace, "--force").code == 0
     cli(*run, "--record-routing", tmp_path / "trace.bin").refused("M0701", "a trace is a .npy file")
     cli(*run, "--record-routing", tmp_path / "a" / "b.npy").refused("M0502", "can't write")
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_run(cli: Cli, built: Path) -> None:
+    done = cli("run", built, "--weights", "random:0", "--ids", "1,2", "--record-routing", "/proc/t.npy")
+    assert (done.code, done.out) == (1, "") and "can't write /proc/t.npy" in done.err

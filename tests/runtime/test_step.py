@@ -169,6 +169,15 @@ def test_a_batch_without_any_new_token(model: LanguageModel) -> None:
         model.step(next_batch([CachedSequence(cache)], [[]]), cache)
 
 
+def test_padding_is_no_new_token(model: LanguageModel) -> None:
+    cache = poisoned(model)
+    batch = next_batch([CachedSequence(cache)], [[]])
+    zeros = torch.zeros(2, dtype=torch.int64)
+    padded = replace(batch, ids=zeros, positions=zeros, slot_mapping=zeros - 1)
+    with pytest.raises(BadInput, match="no sequence of the batch has a new token"):
+        model.step(padded, cache)
+
+
 def test_another_model_s_cache(model: LanguageModel, windowed: LanguageModel) -> None:
     cache = poisoned(windowed)
     with pytest.raises(BadInput, match="cache is another model's"):
