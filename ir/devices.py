@@ -49,11 +49,6 @@ class GPU(Device):
     threads_per_sm: int = 2048
 
     @property
-    def triton_arch(self) -> int:
-        """What ``GPUTarget("cuda", ...)`` takes."""
-        return self.capability[0] * 10 + self.capability[1]
-
-    @property
     def tma(self) -> bool:
         """Copies whole tiles by tensor descriptor."""
         return self.capability >= (9, 0)

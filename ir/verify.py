@@ -14,7 +14,8 @@ from moec.ir.blame import point_at
 from moec.ir.graph import Function, Module, consumes
 from moec.ir.op import Op, OpResult, Value
 from moec.ir.ops.control import Call, ForEach, Loop
-from moec.ir.ops.moe import ExpertSlots, Route
+from moec.ir.ops.moe import ExpertSlots
+from moec.ir.ops.route import Route
 from moec.ir.types import STATE_TYPES, CacheType, IndexType, TensorType, Type, symbol
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")

@@ -11,7 +11,7 @@ from moec.ir import DType, Function, Module, Op, TensorType
 from moec.ir.op import Param
 from moec.ir.ops.control import Loop
 from moec.ir.ops.linear import Linear
-from moec.ir.ops.moe import Route
+from moec.ir.ops.route import Route
 from moec.ir.ops.scaled import Dequant, Scaled
 from moec.ir.ops.weights import Bind
 from moec.ir.types import DTYPES, f32

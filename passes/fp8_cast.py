@@ -30,7 +30,7 @@ import warnings
 from moec.ir import DType, Module, Value
 from moec.ir.devices import GPUS
 from moec.ir.op import Param
-from moec.ir.ops.moe import Route
+from moec.ir.ops.route import Route
 from moec.ir.types import bf16, f16, f32, parse_block
 from moec.ir.weights import bindings, weights_name
 from moec.passes.cleanup import drop_dead_ops

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Union
 from moec.ir import Function, Op, Value
 from moec.ir.op import OpResult, Param
 from moec.ir.ops.control import Loop
-from moec.ir.ops.moe import Route
+from moec.ir.ops.route import Route
 from moec.ir.types import STATE_TYPES, f32, format_block, symbol
 from moec.passes import loading
 from moec.passes.pattern import Match, Refusal

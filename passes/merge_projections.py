@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from moec.ir import Function, Module, Op, TensorType, Value
 from moec.ir.graph import ENTRIES
 from moec.ir.op import Param
-from moec.ir.ops.moe import Route
+from moec.ir.ops.route import Route
 from moec.ir.weights import WEIGHTS
 from moec.passes.loading import bind, bound_outside, drop_dead_bindings, emit, fresh_name, loaded
 from moec.passes.manager import Pass, register

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Module, Value
-from moec.ir.ops.moe import Route
+from moec.ir.ops.route import Route
 from moec.ir.types import bf16, f16, f32, format_block
 from moec.passes.manager import Pass, register
 from moec.passes.pattern import ANY, Match, P, Rules, maybe

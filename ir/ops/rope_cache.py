@@ -1,4 +1,4 @@
-"""Norm, rotary embedding and cache write in one: queries, keys and values, latents.
+"""What stands between projections and attention: norm, rotary embedding and cache write in one op each.
 
 Each computes in fp32 and rounds once, to the dtype of its result or of the entries. A cache of 8 bits
 quantises these as it does with ``cache_write``."""

@@ -144,7 +144,8 @@ def brute_force(function: Function, sizes: dict[str, int], share: float) -> int:
 def plain(case: Case) -> bool:
     """Whether brute force knows it all: no loops, no reshape that may copy, no sizes that ops define."""
     return not any(
-        isinstance(op, Loop) or op.name in ("reshape", "expert_slots") for op in case.module["main"].ops
+        isinstance(op, Loop) or op.name in ("reshape", "expert_slots", "split_batch")
+        for op in case.module["main"].ops
     )
 
 
