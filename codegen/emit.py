@@ -66,6 +66,7 @@ class FunctionEmitter:
         self.placed: dict[Value, str] = {}  # of load-time values, the parameters that they have become
         self.used: set[str] = set()  # kernels called
         self.dropped: set[str] = set()  # names let go of
+        self.carried: set[str] = set()  # names that loops give new values, and so never let go of
         self.lines: list[str] = []
 
     def emit(self) -> PythonFunction:
@@ -119,9 +120,8 @@ class FunctionEmitter:
 
         What may lie in either of two memories, as merged rows do, is a name of both and goes once.
         """
-        carried_on = {self.names[r] for op in self.function.loops() for r in op.results if r in self.names}
         names = dict.fromkeys(self.names[v] for v in values)
-        names = dict.fromkeys(n for n in names if n not in carried_on | self.dropped)
+        names = dict.fromkeys(n for n in names if n not in self.carried and n not in self.dropped)
         self.dropped |= names.keys()
         for line in wrap(", ".join(names), WIDTH - 8):
             self.lines.append(f"del {line.removesuffix(',')}")
@@ -195,6 +195,7 @@ class FunctionEmitter:
                 self.lines.append(f"{name} = {operands[i]}")
             operands[i] = name
             left.append(name)
+        self.carried.update(self.names[r] for r in op.results)
         self.lines.append(f"for {number} in range({op.range.first}, {op.range.last + 1}):")
         within = f".at({quote_format(f'{op.scope}.', number)})" if op.scope else ""
         args = [number, *operands]
