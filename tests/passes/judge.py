@@ -59,6 +59,26 @@ class Pinned(Interpreter):
         return (w, id, *sorted_)
 
 
+class Jittered(Pinned):
+    """Each product's operands are off by as much as a rounding to e4m3 may turn them: 2^-4 of themselves."""
+
+    def __init__(
+        self, module: Module, weights: Any, choices: Sequence[Any] | None = None, seed: int = 0
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(module, weights, choices)
+
+    def _step(self, op: Op, operands: list[Any], scope: str, symbols: dict[Any, int]) -> tuple[Any, ...]:
+        if op.name == "linear":
+            x, w, *bias = operands
+            operands = [self._jitter(x), self._jitter(w), *bias]
+        return super()._step(op, operands, scope, symbols)
+
+    def _jitter(self, x: torch.Tensor) -> torch.Tensor:
+        sign = torch.randint(0, 2, x.shape, generator=self.generator, dtype=torch.int8) * 2 - 1
+        return x * (1 + sign.to(x.dtype) / 16)
+
+
 def outcome(
     module: Module,
     weights: Any,
@@ -66,10 +86,15 @@ def outcome(
     choices: Sequence[Any] | None = None,
     entry: str = "step",
     layers: int = 6,
+    jitter: int | None = None,
 ) -> Outcome:
-    """Interprets the run. ``entry``: with ``decode``, the steps that fit it are run by it."""
+    """Interprets the run. ``entry``: with ``decode``, the steps that fit it are run by it. ``jitter``: a
+    seed, to have every product's operands off by a rounding to e4m3.
+    """
     found = Outcome()
-    interpreter = Pinned(module, weights, choices)
+    interpreter = (
+        Pinned(module, weights, choices) if jitter is None else Jittered(module, weights, choices, jitter)
+    )
     state = [interpreter.new_cache(t, layers, run.pages) for t in caches(module)]
     for number, batch in enumerate(run.steps):
         short = not batch.cu_seqlens.diff().numel() or int(batch.cu_seqlens.diff().max()) <= ENTRY_LIMIT

@@ -7,6 +7,7 @@ ROUNDS.
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from tests.passes.whole_models import Run, checkpoint, runs, whole_models
 TOLERANCE = 1e-5  # of the largest magnitude, in fp32: what another order of sums may change
 # Passes that round, with the least signal-to-noise that a tiny model's outputs keep, in dB.
 ROUNDS: dict[str, float] = {"fp8-cast": 8.0}
+# Below that floor, a model's outputs may be off by twice what random roundings of its operands bring, in dB.
+JITTER_MARGIN = 6.0
 # Options at which tiny sizes show what large ones would.
 SMALL: dict[str, list[dict[str, Any]]] = {
     "merge-projections": [{"align": 1}],
@@ -75,7 +78,16 @@ class Judge:
                 assert after.outputs[name].isfinite().equal(value.isfinite()), f"{what}: {name}"
             elif value.numel():
                 found = sqnr(value, after.outputs[name])
-                assert found >= rounded, f"{what}: {name} keeps {found:.1f} dB"
+                floor = rounded
+                if found < floor:  # a model may blow up the roundings of a few numbers
+                    floor = min(sqnr(value, each.outputs[name]) for each in self.jittered) - JITTER_MARGIN
+                assert found >= floor, f"{what}: {name} keeps {found:.1f} of {floor:.1f} dB"
+
+    @cached_property
+    def jittered(self) -> list[Outcome]:
+        """What the naive module gives where each product's operands are off by a rounding: eight draws."""
+        choices = self.before.choices
+        return [outcome(self.naive, self.weights, self.run, choices, jitter=seed) for seed in range(8)]
 
 
 def floor_of(done: list[Pass]) -> float | None:
