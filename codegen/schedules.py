@@ -27,7 +27,11 @@ SMEM_EXTRA = 1024
 
 @dataclass(frozen=True)
 class Schedule:
-    """``warps`` a program, ``stages`` of the software pipeline. ``str()`` names the variant of the kernel."""
+    """``warps`` a program, ``stages`` of the software pipeline. ``str()`` names the variant of the kernel.
+
+    ``split``: so many programs share a tile's K; the last of them to end adds their sums, in order.
+    ``persistent``: as many programs as the device holds at once, each of which takes tile after tile.
+    """
 
     form: Form
     block_m: int
@@ -35,18 +39,22 @@ class Schedule:
     block_k: int
     warps: int
     stages: int
+    split: int = 1
+    persistent: bool = False
 
     def __str__(self) -> str:
         return f"{self.form}{self.tile}"
 
     @property
     def text(self) -> str:
-        """As the IR writes it: ``rows 128x128x64 w8 s3``."""
-        return f"{self.form} {self.block_m}x{self.block_n}x{self.block_k} w{self.warps} s{self.stages}"
+        """As the IR writes it: ``rows 128x128x64 w8 s3``, with ``split4`` and ``persistent`` behind it."""
+        tile = f"{self.form} {self.block_m}x{self.block_n}x{self.block_k} w{self.warps} s{self.stages}"
+        return tile + f" split{self.split}" * (self.split > 1) + " persistent" * self.persistent
 
     @property
     def tile(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.block_k}w{self.warps}s{self.stages}"
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}w{self.warps}s{self.stages}"
+        return tile + f"k{self.split}" * (self.split > 1) + "p" * self.persistent
 
 
 @dataclass(frozen=True)
@@ -198,7 +206,7 @@ def _fused_multiply_add() -> list[Schedule]:
     ]
 
 
-_RUNG = re.compile(r"(?:<(\S+) rows: *)?(\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+)")
+_RUNG = re.compile(r"(?:<(\S+) rows: *)?(\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: split(\d+))?( persistent)?")
 
 
 def print_ladder(rungs: list[tuple[float, Schedule]]) -> str:
@@ -220,7 +228,9 @@ def parse_ladder(text: str, problem: Problem, device: GPU) -> list[tuple[float, 
             raise ValueError(f"{part!r}: every part but the last says below how many rows it holds")
         if rungs and below <= rungs[-1][0]:
             raise ValueError(f"{part!r}: the numbers of rows must ascend")
-        s = Schedule(match[2], *map(int, match.groups()[2:]))  # type: ignore[arg-type]
+        m, n, k, warps, stages = map(int, match.groups()[2:7])
+        form: Form = match[2]  # type: ignore[assignment]  # another one is in no list
+        s = Schedule(form, m, n, k, warps, stages, int(match[8] or 1), match[9] is not None)
         if s not in allowed:
             raise ValueError(f"{s.text!r} is not for {device.name}: {_why_not(s, allowed, problem, device)}")
         rungs.append((below, s))
