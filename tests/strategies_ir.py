@@ -478,7 +478,7 @@ def _route(g: Graph, name: str = "route") -> Any:
         name,
         g.x(N, experts),
         g.param(f32, experts) if g.draw(st.booleans()) else None,
-        score=g.draw(of(["softmax", "sigmoid"])),
+        score=g.draw(of(["softmax", "sigmoid", "sqrtsoftplus"])),
         k=k,
         renorm=g.draw(st.booleans()),
         scale=g.draw(of([1.0, 2.5])),

@@ -11,6 +11,16 @@ from moec.ir.op import Cost, Op, attr, operand, result
 from moec.ir.ops.moe import SortByExpert
 from moec.ir.types import TensorType, f32, i32
 
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+
+
+def scores_of(logits: torch.Tensor, score: str) -> torch.Tensor:
+    """[T, E] fp32: softmax over the experts, or of each alone sigmoid (V3) or sqrt(ln(1 + e^x)) (V4)."""
+    x = logits.float()
+    if score == "softmax":
+        return x.softmax(-1)
+    return x.sigmoid() if score == "sigmoid" else torch.nn.functional.softplus(x).sqrt()
+
 
 class Route(Op, name="route"):
     """Scores the experts of each token and picks k; equal scores go to the lower id.
@@ -22,7 +32,9 @@ class Route(Op, name="route"):
 
     logits = operand("[T, E] fp32 or the model's dtype")
     bias = operand("[E] fp32", optional=True)
-    score = attr(choice("softmax", "sigmoid"), doc="turns logits into scores, in fp32")
+    score = attr(
+        choice(*SCORES), doc="turns logits into scores, in fp32; sqrtsoftplus is sqrt(ln(1 + e^x)) (V4)"
+    )
     k = attr(INT, doc="experts a token")
     renorm = attr(BOOL, False, doc="divide the chosen weights by their sum + 1e-20")
     scale = attr(FLOAT, 1.0, doc="multiplies the weights last")
@@ -80,7 +92,7 @@ class Route(Op, name="route"):
         dtype: Any,
         shared: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = logits.float().softmax(-1) if score == "softmax" else logits.float().sigmoid()
+        scores = scores_of(logits, score)
         choice = scores if bias is None else scores + bias.float()
         tokens, experts = scores.shape
         if groups > 1:

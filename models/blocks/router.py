@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.ir import Builder, Value
+from moec.ir.ops.route import SCORES
 from moec.ir.types import f32
 from moec.models.blocks.base import Declared, width
 
@@ -13,7 +14,7 @@ from moec.models.blocks.base import Declared, width
 class Router(Declared):
     """Scores of a linear gate, the best ``top_k`` of ``experts``.
 
-    score          ``softmax`` over all experts, or ``sigmoid`` of each (V3)
+    score          ``softmax`` over all experts; of each alone ``sigmoid`` (V3) or ``sqrtsoftplus`` (V4)
     renorm         the chosen weights are divided by their sum
     scale          multiplies the weights last
     groups         the experts are that many equal runs, of which the best ``topk_groups`` may be chosen from
@@ -41,7 +42,7 @@ class Router(Declared):
     def check(self) -> None:
         self.need_positive("experts", "top_k", "groups", "topk_groups")
         self.need(self.top_k <= self.experts, f"top_k is {self.top_k} of {self.experts} experts")
-        self.need_one_of("score", "softmax", "sigmoid")
+        self.need_one_of("score", *SCORES)
         self.need_one_of("group_score", "max", "top2sum")
         self.need_one_of("masked", "zero", "neginf")
         self.need_number("scale")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.ir import Interpreter, Module, TensorType
+from moec.ir.ops.route import SCORES
 from moec.ir.types import DTYPES, f32, i32, symbol
 from tests.codegen.emission import agree, close, emitted, forward
 
@@ -52,7 +53,7 @@ def tied_logits(draw: Any, experts: int) -> torch.Tensor:
     return torch.tensor(draw(st.lists(row, max_size=4))).view(-1, experts)
 
 
-@given(tied_logits(6), st.integers(1, 6), st.sampled_from(["softmax", "sigmoid"]))
+@given(tied_logits(6), st.integers(1, 6), st.sampled_from(SCORES))
 def test_equal_scores_go_to_the_lowest_id(logits: torch.Tensor, k: int, score: str) -> None:
     _, ids = emitted(routing(6, score=score, k=k), {}, logits)
     for row, chosen in zip(logits.tolist(), ids.tolist(), strict=True):
@@ -88,7 +89,7 @@ def test_the_bias_chooses_and_does_not_weigh() -> None:
     assert w.tolist() == [[0.5]]
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", SCORES)
 def test_all_experts_may_be_chosen(score: str) -> None:
     module = routing(5, score=score, k=5, renorm=True, scale=2.5)
     agree(module, {}, [randn(4, 5)])
@@ -98,7 +99,7 @@ def test_all_experts_may_be_chosen(score: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", SCORES)
 def test_a_bad_token_routes_somewhere_and_leaves_others_alone(bad: float, score: str) -> None:
     logits = randn(4, 6)
     module = routing(6, score=score, k=2, groups=3, topk_groups=2, group_score="top2sum", renorm=True)

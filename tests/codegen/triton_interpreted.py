@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from moec.codegen.schedules import Schedule
 from moec.ir.ops.moe import SortByExpert
+from moec.ir.ops.route import SCORES
 from moec.ir.types import DTYPES
 from tests.codegen.interpreted import FOLDER, call, close, folder, normal, poisoned, routings
 from tests.codegen.triton_kernels import combine_op, grouped_op, route_op, sort_op, source
@@ -152,7 +153,7 @@ def test_route(data: st.DataObject, name: str, tokens: int) -> None:
     """Every router, many ties, NaN, experts and groups that are no power of two."""
     groups, size = data.draw(st.sampled_from([(1, 1), (1, 5), (1, 60), (1, 256), (3, 2), (5, 3), (8, 32)]))
     kept = data.draw(st.integers(1, groups))
-    experts, score = groups * size, data.draw(st.sampled_from(["softmax", "sigmoid"]))
+    experts, score = groups * size, data.draw(st.sampled_from(SCORES))
     attrs: dict[str, Any] = {"score": score, "renorm": data.draw(st.booleans())}
     if groups > 1:
         attrs |= {
@@ -205,6 +206,17 @@ def test_combine(
     op = combine_op(rows_dtype, w_dtype, to, k, width, slot, plus)
     found = call(op, source(op), FOLDER["kernels"], rows, places, w, added)
     close(found, type(op).reference(rows, places, w, added, **op.attrs))
+
+
+def test_square_roots_of_softplus_where_it_vanishes() -> None:
+    """ln(1 + e^x) of an x far below 0 is e^x, which 1 + e^x rounds away; far above, x."""
+    row = [-80.0, -30.0, -17.0, -9.0, -0.1, 0.0, 0.5, 15.0, 25.0, 1e4, -torch.inf]
+    logits = torch.tensor([row, [torch.inf, *row[1:]], [*row[:-1], torch.nan]])
+    op = route_op("route", 11, 11, score="sqrtsoftplus")
+    w, id = call(op, source(op), FOLDER["kernels"], logits, None)
+    expected = torch.nn.functional.softplus(logits.double()).sqrt().gather(1, id.long())
+    assert torch.equal(id, type(op).reference(logits, None, **op.attrs)[1])
+    torch.testing.assert_close(w.double(), expected, rtol=1e-6, atol=0, equal_nan=True)
 
 
 FAR = (1 << 31) // 16 + 3  # a row of 16 values beyond the reach of 32-bit offsets

@@ -552,7 +552,7 @@ def test_grouping_ends_where_rows_are_cut_or_joined() -> None:
         ("linear", {"ac": f32}, "linear: no attribute is called 'ac'; did you mean acc"),
         ("linear", {"acc": "f32"}, "linear: acc must be dtype, not 'f32'"),
         ("clamp", {"lo": 1}, "clamp: lo must be float, not 1"),
-        ("route", {"score": "tanh"}, "route: score must be softmax|sigmoid, not 'tanh'"),
+        ("route", {"score": "tanh"}, "route: score must be softmax|sigmoid|sqrtsoftplus, not 'tanh'"),
         ("route", {"k": True}, "route: k must be int, not True"),
         ("quant", {"block": (-1, 128)}, "quant: block must be block, not (-1, 128)"),
         ("quant", {"scale": "e4m3"}, "quant: scale must be fp32|ue8m0, not 'e4m3'"),

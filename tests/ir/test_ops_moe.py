@@ -9,9 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DeepseekV4Config,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4TopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -97,6 +104,20 @@ def test_deepseek_v2(groups: int, kept: int, k: int) -> None:
     w, _ = agree(router, hidden(), 16, masked="zero", **attrs)
     # (8, 1, 4): more choices than the group allows; the rest weigh nothing.
     assert (w == 0).any() == (k > 16 // groups * kept)
+
+
+@pytest.mark.parametrize("score", ["sqrtsoftplus", "sigmoid"])
+def test_deepseek_v4(score: str) -> None:
+    config = DeepseekV4Config(
+        hidden_size=HIDDEN,
+        n_routed_experts=12,
+        num_experts_per_tok=6,
+        routed_scaling_factor=1.5,
+        scoring_func=score,
+        num_hidden_layers=1,
+    )
+    router = randomised(DeepseekV4TopKRouter(config))
+    agree(router, hidden(), 12, score=score, k=6, renorm=True, scale=1.5)
 
 
 def test_mixtral() -> None:

@@ -224,7 +224,7 @@ def moe_blocks(draw: Any, **fixed: Any) -> MoE:
         "k": draw(st.integers(1, experts)),
         "hidden": draw(st.integers(1, 9)),
         "inner": draw(st.integers(1, 7)),
-        "score": draw(st.sampled_from(["softmax", "sigmoid"])),
+        "score": draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])),
         "renorm": draw(st.booleans()),
         "shared": draw(st.booleans()),
         "layered": draw(st.booleans()),

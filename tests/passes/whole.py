@@ -52,7 +52,7 @@ def moe(draw: Any) -> models.MoE:
     router = models.Router(
         experts=groups * each,
         top_k=draw(st.integers(1, kept * each)),
-        score=draw(st.sampled_from(["softmax", "sigmoid"])),
+        score=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])),
         renorm=draw(st.booleans()),
         scale=draw(st.sampled_from([1.0, 2.5])),
         bias=draw(st.booleans()),

@@ -127,7 +127,7 @@ def routers(draw: Draw) -> models.Router:
     return models.Router(
         experts=groups * size,
         top_k=draw(st.integers(1, most)),
-        score=draw(_of(["softmax", "sigmoid"])),
+        score=draw(_of(["softmax", "sigmoid", "sqrtsoftplus"])),
         renorm=draw(_flag),
         scale=draw(_of([1.0, 2.5])),
         groups=groups,
