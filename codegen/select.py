@@ -3,24 +3,21 @@
 The model knows the device's facts (devices.py), the shape, and how many rows an expert has on average, R / E.
 It takes the router to send each row to an expert at random, so that an expert's rows are Poisson distributed:
 that gives the experts with rows (whose weights move at all) and the tiles. Skew is not modelled: the true
-counts never leave the device. No figure that the model gives has been measured.
+counts never leave the device. What it assumes beside the device's facts stands in constants.py. No figure that
+the model gives has been measured.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from moec.codegen.constants import ASSUMED, Constants
 from moec.codegen.schedules import Problem, Schedule, space
 from moec.ir.devices import GPU, GPUS
 
-# Model constants: assumptions, none of them fitted to a shape.
-LATENCY = 1e-6  # s, from asking DRAM under load to having the bytes
-PROLOGUE = 2e-6  # s, a program's search for its tile, its first loads and its last stores
-SM_BANDWIDTH = 100e9  # bytes/s that one SM can take in: about 64 a cycle
-TRITON = 0.75  # of the matrix unit's throughput, what a pipelined loop sustains
-SHOWS = 0.1  # of the work that runs beside the slowest part, what shows nevertheless
 # Rows an expert, from one expert in 64 having one to far into prefill: where schedules are compared.
 ROWS = [2.0**i for i in range(-6, 1)] + [float(r << s) for s in range(13) for r in (2, 3)]
 # What one more variant must bring: as much as this share at one of ROWS, or a tenth of it at each of ten.
@@ -56,7 +53,9 @@ def row_tiles(rows: float, block: int) -> float:
     return tiles
 
 
-def terms(schedule: Schedule, problem: Problem, device: GPU, rows: float) -> dict[str, float]:
+def terms(
+    schedule: Schedule, problem: Problem, device: GPU, rows: float, constants: Constants = ASSUMED
+) -> dict[str, float]:
     """Seconds by term for ``rows`` rows an expert on average.
 
     ``weights`` and ``activations``: their bytes through DRAM.
@@ -78,16 +77,18 @@ def terms(schedule: Schedule, problem: Problem, device: GPU, rows: float) -> dic
     activations = rows * problem.experts * problem.bytes_per_row / device.bandwidth
     dram = weights + activations
     asked = busy * (schedule.stages - 1) * problem.stage_bytes(schedule)  # bytes on their way
-    flight = dram * max(1.0, device.bandwidth / min(asked / LATENCY, sms * SM_BANDWIDTH))
+    flight = dram * max(1.0, device.bandwidth / min(asked / constants.latency, sms * constants.sm_bandwidth))
     moved = tiles * (schedule.block_m + matrices * schedule.block_n) * depth * size
-    l2 = moved / min(device.l2_bandwidth, sms * SM_BANDWIDTH)
+    l2 = moved / min(device.l2_bandwidth, sms * constants.sm_bandwidth)
     operations = 2 * tiles * schedule.block_m * matrices * schedule.block_n * depth
-    rate = device.flops_of(problem.dtype) * TRITON * issue_rate(schedule, problem, device)
+    rate = device.flops_of(problem.dtype) * constants.triton * issue_rate(schedule, problem, device)
     products = operations / (rate * sms / device.sms)
 
     beside = {"in flight": flight, "l2": l2, "matrix unit": products}
     slowest = max(beside, key=lambda term: beside[term])
-    added = {t: s - dram if t == slowest else SHOWS * s for t, s in beside.items() if t != "in flight"}
+    added = {
+        t: s - dram if t == slowest else constants.shows * s for t, s in beside.items() if t != "in flight"
+    }
     added["in flight"] = flight - dram if slowest == "in flight" else 0.0
     body = dram + sum(added.values())
     waves = math.ceil(tiles / (device.sms * programs))
@@ -98,7 +99,7 @@ def terms(schedule: Schedule, problem: Problem, device: GPU, rows: float) -> dic
         **{term: added[term] for term in beside},
         # Half of it: programs of one wave don't end together, so the last one has begun when the others end.
         "last wave": 0.5 * body * idle,
-        "prologue": PROLOGUE * (1 + (waves - 1) / programs),
+        "prologue": constants.prologue * (1 + (waves - 1) / programs),
         "launch": device.launch_s,
     }
 
@@ -137,18 +138,18 @@ def issue_rate(schedule: Schedule, problem: Problem, device: GPU) -> float:
     return rate
 
 
-def explain(problem: Problem, device: GPU, rows: float) -> list[Choice]:
+def explain(problem: Problem, device: GPU, rows: float, constants: Constants = ASSUMED) -> list[Choice]:
     """All schedules of the space, the fastest first; of equal ones the deepest pipeline."""
-    choices = [Choice(s, terms(s, problem, device, rows)) for s in space(problem, device)]
+    choices = [Choice(s, terms(s, problem, device, rows, constants)) for s in space(problem, device)]
     return sorted(choices, key=lambda c: (c.seconds, -c.schedule.stages, str(c.schedule)))
 
 
-def choose(problem: Problem, device: GPU, rows: float) -> Choice:
+def choose(problem: Problem, device: GPU, rows: float, constants: Constants = ASSUMED) -> Choice:
     """The schedule that the model takes to be fastest for ``rows`` rows an expert on average."""
-    return explain(problem, device, rows)[0]
+    return explain(problem, device, rows, constants)[0]
 
 
-def ladder(problem: Problem, device: GPU) -> list[tuple[float, Schedule]]:
+def ladder(problem: Problem, device: GPU, constants: Constants = ASSUMED) -> list[tuple[float, Schedule]]:
     """(rows an expert, schedule), ascending: below the first number the first schedule, and so on up to inf.
 
     What the host picks a variant by, from R / E. Of all ways to give each of ROWS a schedule, the one that
@@ -156,26 +157,40 @@ def ladder(problem: Problem, device: GPU) -> list[tuple[float, Schedule]]:
     SWITCH. Layers share their problems: each is solved once.
     """
     known = GPUS.get(device.name) is device
-    return list(_ladder_of_target(problem, device.name) if known else _ladder(problem, device))
+    if known:
+        return list(_ladder_of_target(problem, device.name, constants))
+    return _ladder(problem, device, constants)
 
 
 @cache
-def _ladder_of_target(problem: Problem, target: str) -> list[tuple[float, Schedule]]:
-    return _ladder(problem, GPUS[target])
+def _ladder_of_target(problem: Problem, target: str, constants: Constants) -> list[tuple[float, Schedule]]:
+    return _ladder(problem, GPUS[target], constants)
 
 
-def _ladder(problem: Problem, device: GPU) -> list[tuple[float, Schedule]]:
+def _ladder(problem: Problem, device: GPU, constants: Constants) -> list[tuple[float, Schedule]]:
+    seconds = {
+        rows: {c.schedule: c.seconds for c in explain(problem, device, rows, constants)} for rows in ROWS
+    }
+    return least_loss(seconds)
+
+
+def least_loss(seconds: Mapping[float, Mapping[Schedule, float]]) -> list[tuple[float, Schedule]]:
+    """The ladder over these rows an expert, ascending, by seconds of each schedule at each (see ``ladder``).
+
+    A schedule that has no seconds at some rows isn't taken there.
+    """
     # By its last schedule: the loss so far, and a schedule for each of ROWS so far.
     paths: dict[Schedule, tuple[float, list[Schedule]]] = {}
-    for rows in ROWS:
-        choices = explain(problem, device, rows)
+    for known in seconds.values():
+        best = min(known.values())
         loss, path = min(paths.values(), key=lambda p: p[0], default=(-SWITCH, []))
         switched = (loss + SWITCH, path)
         paths = {
-            c.schedule: (before[0] + math.log(c.seconds / choices[0].seconds), [*before[1], c.schedule])
-            for c in choices
-            for before in [min(paths.get(c.schedule, switched), switched, key=lambda p: p[0])]
+            schedule: (before[0] + math.log(taken / best), [*before[1], schedule])
+            for schedule, taken in known.items()
+            for before in [min(paths.get(schedule, switched), switched, key=lambda p: p[0])]
         }
     _, path = min(paths.values(), key=lambda p: p[0])
+    rows = list(seconds)
     ends = [i for i, s in enumerate(path) if i + 1 == len(path) or path[i + 1] != s]
-    return [(ROWS[i + 1] if i + 1 < len(ROWS) else math.inf, path[i]) for i in ends]
+    return [(rows[i + 1] if i + 1 < len(rows) else math.inf, path[i]) for i in ends]

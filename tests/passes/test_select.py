@@ -38,7 +38,9 @@ def test_schedules_of_equal_ops_are_found_once(monkeypatch: pytest.MonkeyPatch) 
 
     asked = []
     explain = model.explain
-    monkeypatch.setattr(model, "explain", lambda p, d, r: asked.append((p, d.name, r)) or explain(p, d, r))
+    monkeypatch.setattr(
+        model, "explain", lambda p, d, r, *c: asked.append((p, d.name, r)) or explain(p, d, r, *c)
+    )
     model._ladder_of_target.cache_clear()
     for _ in range(3):
         run("select", grouped())
