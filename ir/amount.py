@@ -52,7 +52,7 @@ class Amount:
         """With other expressions for some symbols."""
         if not any(s in values for m in self.terms for s in m.free_symbols):
             return self
-        return Amount.of(self.expr.subs(values))
+        return Amount.of(self.expr.xreplace({s: sympy.sympify(value) for s, value in values.items()}))
 
     def within(self, other: Amount) -> bool:
         """Whether it is at most ``other`` whatever the symbols are, factor by factor."""

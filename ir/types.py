@@ -21,7 +21,7 @@ import math
 import operator
 import re
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import sympy
@@ -229,7 +229,7 @@ class TensorType:
         lead, blocked = self.shape[: -len(self.scale)], self.shape[-len(self.scale) :]
         return (*lead, *(block_count(d, b) for d, b in zip(blocked, self.scale, strict=True)))
 
-    @property
+    @cached_property
     def nbytes(self) -> Any:
         """Bytes of the elements and their scales (fp32, one a block); symbolic where the shape is."""
         size = sympy.ceiling(sympy.Rational(self.dtype.bits, 8) * self.numel)

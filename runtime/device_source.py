@@ -8,6 +8,7 @@ torch.
 from __future__ import annotations
 
 import ast
+from functools import lru_cache
 
 from moec.errors import CompileFailed
 
@@ -23,10 +24,10 @@ def device_source(text: str, function: str) -> str:
     function.
     """
     try:
-        tree = ast.parse(text)
+        statements, lines = _parsed(text)
     except SyntaxError as error:
         raise CompileFailed(f"{function}: line {error.lineno} is no Python: {error.msg}") from None
-    defined: dict[str, ast.stmt] = {name: node for node in tree.body for name in _names(node)}
+    defined: dict[str, ast.stmt] = {name: node for node in statements for name in _names(node)}
     if not isinstance(defined.get(function), ast.FunctionDef):
         raise CompileFailed(f"the kernel file defines no function {function!r}")
     needed: set[ast.stmt] = set()
@@ -36,8 +37,13 @@ def device_source(text: str, function: str) -> str:
         if node is not None and node not in needed:
             needed.add(node)
             waiting += _reads(node)
-    parts = [_text(text, node) for node in tree.body if node in needed]
+    parts = [_text(lines, node) for node in statements if node in needed]
     return _HEADER + "".join(f"\n\n{part}\n" for part in parts)
+
+
+@lru_cache(maxsize=8)  # a file's variants come one after the other
+def _parsed(text: str) -> tuple[list[ast.stmt], list[str]]:
+    return ast.parse(text).body, text.splitlines()
 
 
 def _names(node: ast.stmt) -> list[str]:
@@ -63,8 +69,8 @@ def _reads(node: ast.stmt) -> set[str]:
     return read - own - {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}
 
 
-def _text(text: str, node: ast.stmt) -> str:
+def _text(lines: list[str], node: ast.stmt) -> str:
     """A statement as it was written, decorators included."""
     decorators = getattr(node, "decorator_list", [])
     first = min([node.lineno, *(d.lineno for d in decorators)])
-    return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+    return "\n".join(lines[first - 1 : node.end_lineno])
