@@ -146,11 +146,11 @@ def test_importing_moec_and_asking_for_help_load_no_torch() -> None:
 def test_deepseek_v3_at_its_true_size(tmp_path: Path) -> None:
     """671 G parameters, of which a build holds none. The time is printed, not judged."""
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "build_v3.py"
-    command = [sys.executable, script, "--out", tmp_path / "v3"]
+    command = [sys.executable, script, "--warm", "0", "--out", tmp_path / "v3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    print(f"built in {found['seconds']} s, peak {found['peak_bytes'] / GB:.2f} GB")
+    print(f"built in {found['cold_seconds']} s, peak {found['peak_bytes'] / GB:.2f} GB")
     assert found["peak_bytes"] < GB
     assert found["parameters"] == pytest.approx(671e9, rel=0.001)
     final = sorted((tmp_path / "v3" / "ir").glob("*.moec"))[-1].read_text()
