@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import report
+from gpu import goals, report
 from gpu.peers import ADAPTERS, FP8_ADAPTERS, Adapter, first_line, installed
 from gpu.problem import DTYPES, TOLERANCE, Inputs, Weights, difference, draw_inputs, draw_weights
 from gpu.self_test import STAND_INS
@@ -171,6 +171,7 @@ def main() -> None:
     stem = report.file_stem(device, *marks)
     for shape in args.shapes:
         run.shape(shape, args.tokens, result)
+        result |= {"summary": goals.summary(result), "goals": goals.judge(result)}
         written = report.write(result, where, stem)  # after each: a run that is cut short leaves what it has
         release(device)
     progress("")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import goals
 
 PACKAGES = ["triton", "transformers", "liger-kernel", "vllm", "sglang"]
 COLOURS = ["#c1272d", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b"]
@@ -83,6 +84,8 @@ def table(result: Result) -> list[str]:
         f"{'TB/s':>8}{'TFLOP/s':>9}  peer",
     ]
     lines += [_row(group) for group in _groups(result)]
+    lines += [_against(one) for one in result["summary"]]
+    lines += goals.lines(result["goals"])
     lines += [f"without {name}: {reason}" for name, reason in result["unavailable"].items()]
     for name in dict.fromkeys(e["implementation"] for e in result["excluded"]):
         first, *more = [e for e in result["excluded"] if e["implementation"] == name]
@@ -106,7 +109,8 @@ def _groups(result: Result) -> Iterator[list[Result]]:
 
 def _row(group: list[Result]) -> str:
     ours = next((r for r in group if r["implementation"] == "moec"), None)
-    peers = sorted((r for r in group if r is not ours), key=lambda r: r["median_us"])
+    others = [r for r in group if not r["implementation"].startswith("moec")]
+    peers = sorted(others, key=lambda r: r["median_us"])
     first = group[0]
     cells = [
         f"{first['shape']:<17}{first['tokens']:>6}",
@@ -122,6 +126,13 @@ def _row(group: list[Result]) -> str:
     else:
         cells.append(f"{'-':>9}{'-':>8}{'-':>9}")
     return "".join(cells) + (f"  {peers[0]['implementation']}" if peers else "")
+
+
+def _against(one: Result) -> str:
+    return (
+        f"against {one['peer']}: {one['geometric_mean']:.2f} times as fast in the geometric mean of "
+        f"{one['measured']}, at worst {one['worst']:.2f} ({one['shape']} M={one['tokens']})"
+    )
 
 
 # The plot.

@@ -52,6 +52,7 @@ SHAPES = {
         Shape("qwen3-235b", 128, 1536, 4096, 8),
         Shape("qwen3-next", 512, 512, 2048, 10),
         Shape("v2-lite", 64, 1408, 2048, 6),
+        Shape("sonic-n2048", 64, 2048, 4096, 4),  # one of those that SonicMoE's authors give figures for
     ]
 }
 TOKENS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]

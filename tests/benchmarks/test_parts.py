@@ -94,3 +94,50 @@ def test_a_rotation_is_one_graph(
         assert measured.median == pytest.approx(0.002) and measured.rounds == 10
     else:
         assert len(called) > 6
+
+
+def _run(dtype: str, *rows: tuple[str, int, str, float], **more: Any) -> dict[str, Any]:
+    made = [
+        {"shape": shape, "tokens": tokens, "implementation": name, "median_us": us} | more
+        for shape, tokens, name, us in rows
+    ]
+    return {"dtype": dtype, "results": made}
+
+
+def test_goals_are_judged_at_their_worst_tokens(gpu: Callable[[str], Any]) -> None:
+    goals = gpu("goals")
+    goal = goals.Goal("fp8", "v3", 8, 64, "bandwidth", 0.85)
+    found = _run("fp8", *((("v3", m, "moec", 1.0)) for m in (1, 8, 64)))
+    for row, share in zip(found["results"], (0.1, 0.9, 0.8), strict=True):
+        row["of_bandwidth"] = share
+    judged = goal.judge(found)
+    assert (judged["met"], judged["worst"], judged["tokens"]) == (False, 0.8, 64)
+    assert goals.lines([judged]) == [
+        "goal missed: fp8 v3, M = 8 to 64: 85% of the bandwidth; at worst 0.8 at M = 64"
+    ]
+    found["results"][2]["of_bandwidth"] = 0.86
+    assert goal.judge(found)["met"] is True
+    assert goal.judge({"dtype": "bf16", "results": found["results"]})["met"] is None
+
+
+def test_a_goal_beside_a_peer_is_open_without_it(gpu: Callable[[str], Any]) -> None:
+    goals = gpu("goals")
+    goal = goals.Goal("fp8", "v3", 4096, 8192, "DeepGEMM", 0.9)
+    alone = _run("fp8", ("v3", 4096, "moec", 100.0), ("v3", 4096, "vLLM", 50.0))
+    assert goal.judge(alone) == {"goal": str(goal), "met": None, "why": "DeepGEMM was not measured there"}
+    both = _run("fp8", ("v3", 4096, "moec", 100.0), ("v3", 4096, "DeepGEMM", 91.0), ("v3", 8192, "moec", 1.0))
+    judged = goal.judge(both)
+    assert judged["met"] and judged["worst"] == pytest.approx(0.91)
+
+
+def test_vllm_is_met_in_the_mean_and_nowhere_faster(gpu: Callable[[str], Any]) -> None:
+    goals = gpu("goals")
+    rows = [("a", 1, "moec", 10.0), ("a", 1, "vLLM", 40.0), ("a", 2, "moec", 10.0), ("a", 2, "vLLM", 10.0)]
+    (one,) = goals.summary(_run("bf16", *rows))
+    assert one["geometric_mean"] == pytest.approx(2.0) and (one["worst"], one["tokens"]) == (1.0, 2)
+    last = goals.judge(_run("fp16", *rows))[-1]
+    assert last["met"] is True
+    rows[3] = ("a", 2, "vLLM", 9.9)
+    assert goals.judge(_run("fp16", *rows))[-1]["met"] is False
+    # moec's own other rows are nobody's peer
+    assert [s["peer"] for s in goals.summary(_run("bf16", *rows, ("a", 1, "moec (x)", 1.0)))] == ["vLLM"]
