@@ -9,7 +9,7 @@ from typing import Any
 
 from moec.runtime.compile import compile_many
 from moec.runtime.kernel_cache import default_folder
-from moec.runtime.launch import Kernel
+from moec.runtime.launch import Launchable
 from moec.runtime.package import import_file
 
 Progress = Callable[[int, int], None]
@@ -31,8 +31,8 @@ def compile_kernels(
     return [cubin.as_manifest() for cubin in cubins]
 
 
-def declared(folder: Path) -> list[Kernel]:
-    """The Kernel objects of the package's kernel files, in order. Importing them needs no Triton."""
+def declared(folder: Path) -> list[Launchable]:
+    """What can be launched of the package's kernel files, in order. Importing them needs no Triton."""
     name = f"moec_building_{abs(hash(folder)):x}"
     try:
         import_file(name, folder / "__init__.py", package=True)
@@ -40,7 +40,7 @@ def declared(folder: Path) -> list[Kernel]:
             import_file(f"{name}.kernels", folder / "kernels" / "__init__.py", package=True),
             *(m for n, m in sorted(sys.modules.items()) if n.startswith(f"{name}.kernels.")),
         ]
-        found = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, Kernel)}
+        found = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, Launchable)}
         return list(found.values())
     finally:
         for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:

@@ -1,9 +1,9 @@
-"""Triton kernels compiled ahead of time, for devices that this machine needn't have.
+"""Kernels compiled ahead of time, for devices that this machine needn't have: Triton's; nvrtc.py has CUDA's.
 
 ``compile_many(requests, cache)`` looks each request up in a cache keyed by content and compiles what is
 missing in worker processes. A request that its compiler refuses becomes an error that names the kernel and
-the variant; the others go on. Equal requests give equal bytes on every machine with the same Triton: cubins
-hold no path and no time.
+the variant; the others go on. Equal requests give equal bytes on every machine with the same compilers:
+cubins hold no path and no time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moec.errors import BadArgument, CompileFailed, CompilerMissing, MoecError, TooMuchSharedMemory
 from moec.runtime.arguments import expand
@@ -40,6 +40,19 @@ FLAGS = (1, 2)
 
 Progress = Callable[[int, int], None]
 Constant = int | float | bool | str | None
+
+
+class Compilable(Protocol):
+    """A variant of a kernel to compile for one family of devices, whatever it's written in."""
+
+    def payload(self) -> dict[str, Any]:
+        """What a worker is sent: all that decides the cubin, and nothing else. Raises BadArgument."""
+
+    def key(self) -> str:
+        """Equal for equal cubins. Raises CompilerMissing, UnknownTarget or BadArgument."""
+
+    def cubin(self, reply: dict[str, Any]) -> Cubin:
+        """Of a worker's reply without an error. Raises CompileFailed or TooMuchSharedMemory."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,10 @@ class Request:
         text = json.dumps(about | {"signature": list(self.resolved().items())}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def cubin(self, reply: dict[str, Any]) -> Cubin:
+        """Of a worker's reply without an error. Raises CompileFailed or TooMuchSharedMemory."""
+        return _cubin(self, reply)
+
     def __str__(self) -> str:
         return f"{self.kernel} {self.variant} for {self.arch}"
 
@@ -142,7 +159,7 @@ class Results:
 
 
 def compile_many(
-    requests: Sequence[Request],
+    requests: Sequence[Compilable],
     cache: Path | None,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -150,8 +167,9 @@ def compile_many(
     """Compiles what ``cache`` (a folder; None: no cache) doesn't hold, in ``jobs`` processes (by default
     one a core).
 
-    ``progress`` is called with (requests done, requests in all). Raises CompilerMissing without Triton, and
-    OutputUnwritable where the cache can't be written; what is wrong with one request is in the results.
+    ``progress`` is called with (requests done, requests in all). Raises CompilerMissing without Triton, or
+    without NVRTC where a request needs it, and OutputUnwritable where the cache can't be written; what is
+    wrong with one request is in the results.
     """
     store = KernelCache(cache) if cache is not None else None
     outcomes: dict[int, Cubin | MoecError] = {}
@@ -182,7 +200,11 @@ def compile_many(
     def build(key: str) -> Cubin | MoecError:
         worker = idle.get()
         try:
-            cubin = _compile(requests[missing[key][0]], worker)
+            request = requests[missing[key][0]]
+            reply = worker.ask(request.payload())
+            if "error" in reply:
+                return CompileFailed(f"{request}: {reply['error']}")
+            cubin = request.cubin(reply)
         except MoecError as error:
             return error
         finally:
@@ -212,13 +234,8 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _compile(request: Request, worker: Worker) -> Cubin:
-    """Raises CompileFailed or TooMuchSharedMemory, naming the request."""
+def _cubin(request: Request, reply: dict[str, Any]) -> Cubin:
     limits = family(request.arch)
-    payload = request.payload()
-    reply = worker.ask(payload)
-    if "error" in reply:
-        raise CompileFailed(f"{request}: {reply['error']}")
     data, found = base64.b64decode(reply["cubin"]), reply["metadata"]
     if found["shared"] > limits.shared:
         raise TooMuchSharedMemory(
@@ -239,8 +256,8 @@ def _compile(request: Request, worker: Worker) -> Cubin:
         "symbol": found["name"],
         "warps": found["num_warps"],
         "shared": found["shared"],
-        "arguments": [[n, t] for n, t in payload["signature"].items() if t != "constexpr"],
-        "divisible": payload["divisible"],
+        "arguments": [[n, t] for n, t in request.resolved().items() if t != "constexpr"],
+        "divisible": list(request.divisible),
         "descriptors": descriptors,
         "flags": 0,
         "hidden": {

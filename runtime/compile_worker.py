@@ -1,4 +1,4 @@
-"""A process that compiles Triton kernels: one request a line in, one reply a line out, both JSON.
+"""A process that compiles Triton and CUDA kernels: one request a line in, one reply a line out, both JSON.
 
 ``runtime/compile.py`` starts it by path and with an environment of its own, because Triton fixes its mode
 when it is imported and because a compiler that crashes must take nothing else with it. It imports nothing
@@ -55,6 +55,32 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     return {"cubin": base64.b64encode(compiled.asm["cubin"]).decode("ascii"), "metadata": metadata}
 
 
+def compile_cuda(request: dict[str, Any]) -> dict[str, Any]:
+    """The cubin, in base 64, and what NVRTC printed. ``file`` is what its messages call the source."""
+    from cuda.bindings import nvrtc
+
+    def call(function: Any, *args: Any) -> Any:
+        code, *results = function(*args)
+        if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(f"{function.__name__}: {nvrtc.nvrtcGetErrorString(code)[1].decode()}")
+        return results[0] if results else None
+
+    def read(size: Any, into: Any) -> bytes:
+        data = bytes(call(size, program))
+        call(into, program, data)  # it fills the bytes
+        return data
+
+    source, file = request["source"].encode(), request["file"].encode()
+    program = call(nvrtc.nvrtcCreateProgram, source, file, 0, [], [])
+    options = [option.encode() for option in request["options"]]
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    log = read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).rstrip(b"\0").decode().strip()
+    if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        return {"error": log or nvrtc.nvrtcGetErrorString(code)[1].decode()}
+    cubin = read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    return {"cubin": base64.b64encode(cubin).decode("ascii"), "log": log}
+
+
 def explain(error: BaseException | None) -> str:
     """An error and what caused it: Triton raises one for each function that it was in."""
     told = []
@@ -70,7 +96,8 @@ def main() -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         try:
-            reply = compile_request(json.loads(line))
+            request = json.loads(line)
+            reply = compile_cuda(request) if request.get("language") == "cuda" else compile_request(request)
         except Exception as error:  # whatever a compiler raises is an answer
             reply = {"error": explain(error)}
         print(json.dumps(reply), file=replies, flush=True)

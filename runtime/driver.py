@@ -1,7 +1,7 @@
 """The CUDA driver: the one place that loads cubins and launches them. What is above it runs without a GPU.
 
-cuda.core loads and launches; cuda.bindings does what it can't: more than 48 KB of dynamic shared memory, and
-parameters of 128 bytes (tensor maps).
+cuda.core loads and launches; cuda.bindings does what it can't, or not in every version: more than 48 KB of
+dynamic shared memory, parameters of 128 bytes (tensor maps), cooperative launches.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Loaded:
     threads: int  # per block
     shared: int  # bytes of dynamic shared memory per block
     device: int
+    cooperative: bool = False  # its blocks wait for each other, and so must all fit on the device at once
 
 
 def capability(device: int) -> tuple[int, int]:
@@ -37,7 +38,15 @@ def capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def load(label: str, cubin: bytes, symbol: str, warps: int, shared: int, device: int) -> Loaded:
+@lru_cache(maxsize=64)
+def multiprocessors(device: int) -> int:
+    """132 for an H100: as many blocks run at once in any case."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def load(
+    label: str, cubin: bytes, symbol: str, warps: int, shared: int, device: int, cooperative: bool = False
+) -> Loaded:
     """Loads a cubin onto a device at once: the first launch, which a graph may be recording, loads nothing.
 
     Raises LaunchFailed where the driver refuses it.
@@ -56,7 +65,7 @@ def load(label: str, cubin: bytes, symbol: str, warps: int, shared: int, device:
             _call(driver.cuKernelGetFunction, kernel.handle)
     except Exception as error:
         raise LaunchFailed(f"{label}: {error}") from error
-    return Loaded(label, kernel, 32 * warps, shared, device)
+    return Loaded(label, kernel, 32 * warps, shared, device, cooperative)
 
 
 def launch(loaded: Loaded, grid: tuple[int, int, int], parameters: Sequence[Any]) -> None:
@@ -69,8 +78,8 @@ def launch(loaded: Loaded, grid: tuple[int, int, int], parameters: Sequence[Any]
     with torch.cuda.device(loaded.device) if elsewhere else nullcontext():
         stream = torch.cuda.current_stream().cuda_stream
         try:
-            if any(isinstance(p, TensorMap) for p in parameters):
-                _launch_with_maps(loaded, grid, parameters, stream)
+            if loaded.cooperative or any(isinstance(p, TensorMap) for p in parameters):
+                _launch_by_driver(loaded, grid, parameters, stream)
             else:
                 _launch(loaded, grid, parameters, stream)
         except Exception as error:
@@ -91,16 +100,18 @@ def _stream(handle: int) -> Any:
     return core.Stream.from_handle(handle) if handle else core.LEGACY_DEFAULT_STREAM
 
 
-def _launch_with_maps(
+def _launch_by_driver(
     loaded: Loaded, grid: tuple[int, int, int], parameters: Sequence[Any], stream: int
 ) -> None:
     from cuda.bindings import driver
 
     block = ParameterBlock([encode(p) if isinstance(p, TensorMap) else p.tobytes() for p in parameters])
     function = driver.CUfunction(int(loaded.kernel.handle))
-    _call(
-        driver.cuLaunchKernel, function, *grid, loaded.threads, 1, 1, loaded.shared, stream, block.address, 0
-    )
+    where = (*grid, loaded.threads, 1, 1, loaded.shared, stream)
+    if loaded.cooperative:
+        _call(driver.cuLaunchCooperativeKernel, function, *where, block.address)
+    else:
+        _call(driver.cuLaunchKernel, function, *where, block.address, 0)
 
 
 class ParameterBlock:

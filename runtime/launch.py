@@ -77,9 +77,9 @@ import numpy as np
 import torch
 
 from moec.errors import BadArgument, DeviceUnavailable, Misaligned, NotCompiled, nearest
-from moec.runtime import driver
+from moec.runtime import counters, driver
 from moec.runtime.arguments import Arguments
-from moec.runtime.compile import Constant, Request
+from moec.runtime.compile import Compilable, Constant, Request
 from moec.runtime.devices import family
 from moec.runtime.triton_mode import language, require_interpreter, triton_module
 
@@ -108,12 +108,92 @@ class Variant:
     fp_fusion: bool = True
 
 
-class Kernel:
-    """A Triton function, its signature and its variants: ``KERNEL[variant, grid](*args)`` launches it.
+class Launchable:
+    """What can be launched, whatever it's written in: ``KERNEL[variant, grid](*args)``.
 
-    ``args`` are positional, without the constexprs: tensors (None: a null pointer), ints and floats.
+    ``args`` are positional, without what a variant fixes: tensors (None: a null pointer), ints and floats.
     ``grid`` is 1 to 3 numbers of blocks; where one is 0, nothing runs.
     """
+
+    def __init__(self, name: str, file: Path, divisible: tuple[str, ...]) -> None:
+        self.name, self.file, self.divisible = name, file, divisible
+        self._arguments: dict[str, Arguments] = {}
+        self._loaded: dict[tuple[str, int], _Compiled] = {}
+
+    def requests(self, arch: str) -> Sequence[Compilable]:
+        """What to compile for a family of devices."""
+        raise NotImplementedError
+
+    def twins(self) -> dict[str, bool]:
+        """Each variant's name, and whether there is a twin that was compiled without promises."""
+        raise NotImplementedError
+
+    def _kinds(self, variant: str) -> list[tuple[str, str]]:
+        """Name and type of each argument."""
+        raise NotImplementedError
+
+    def _on_cpu(
+        self, variant: str, blocks: tuple[int, int, int], arguments: Arguments, args: Sequence[Any]
+    ) -> None:
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[str, Grid]) -> Callable[..., None]:
+        """A function of the arguments.
+
+        It raises NotCompiled, BadArgument, Misaligned, InterpreterOff, DeviceUnavailable or LaunchFailed.
+        """
+        return partial(self._launch, *key)
+
+    def _launch(self, variant: str, grid: Grid, *args: Any) -> None:
+        arguments = self._checker(variant)
+        broken = arguments.check(args)
+        if broken and not self.twins()[variant]:
+            raise Misaligned(
+                f"{self.name} {variant}: {broken}, but was promised to be one when it was compiled",
+                notes=["a variant with unaligned=True takes any"],
+            )
+        blocks = _three(self.name, grid)
+        if 0 in blocks:
+            return
+        device = _device(self.name, arguments, args)
+        if device.type == "cpu":
+            self._on_cpu(variant, blocks, arguments, args)
+            return
+        compiled = self.load(f"{variant}-{UNALIGNED}" if broken else variant, device.index)
+        parameters = arguments.pack(args, compiled.descriptors, compiled.flags)
+        scratch = [
+            torch.empty(size * math.prod(blocks), dtype=torch.uint8, device=device) if size else None
+            for size in compiled.scratch
+        ]
+        parameters += [np.uint64(0 if s is None else s.data_ptr()) for s in scratch]
+        driver.launch(compiled.loaded, blocks, parameters)
+
+    def _checker(self, variant: str) -> Arguments:
+        if variant not in self._arguments:
+            if variant not in self.twins():
+                raise NotCompiled(f"{self.name} has no variant {variant!r}{nearest(variant, self.twins())}")
+            self._arguments[variant] = Arguments(self.name, self._kinds(variant), self.divisible)
+        return self._arguments[variant]
+
+    def load(self, variant: str, device: int) -> _Compiled:
+        """The cubin of a variant (or of its twin, VARIANT-unaligned) on a device; kept.
+
+        Raises NotCompiled where the package holds none, DeviceUnavailable where it holds only other devices'.
+        """
+        if (variant, device) not in self._loaded:
+            self._loaded[variant, device] = _load(self, variant, device)
+        return self._loaded[variant, device]
+
+    def preload(self, device: int) -> None:
+        """Loads every variant. Raises as ``load`` does."""
+        for name, twin in self.twins().items():
+            self.load(name, device)
+            if twin:
+                self.load(f"{name}-{UNALIGNED}", device)
+
+
+class Kernel(Launchable):
+    """A Triton function, its signature and its variants: ``KERNEL[variant, grid](*args)`` launches it."""
 
     def __init__(
         self,
@@ -123,18 +203,15 @@ class Kernel:
         arbitrary: Sequence[str] = (),
     ) -> None:
         python = getattr(function, "fn", function)  # Triton keeps the function that it wraps
-        self.function, self.name = function, python.__name__
-        self.file = Path(inspect.getfile(python))
-        self.signature, self.variants = dict(signature), dict(variants)
+        self.function, self.signature, self.variants = function, dict(signature), dict(variants)
         if unknown := set(arbitrary) - set(signature):
-            raise BadArgument(f"{self.name} has no parameter {', '.join(sorted(unknown))}")
-        self.divisible = tuple(
+            raise BadArgument(f"{python.__name__} has no parameter {', '.join(sorted(unknown))}")
+        divisible = tuple(
             name
             for name, kind in signature.items()
             if kind.startswith(("*", "i", "u")) and kind not in ("i1", "u1") and name not in arbitrary
         )
-        self._arguments: dict[str, Arguments] = {}
-        self._loaded: dict[tuple[str, int], _Compiled] = {}
+        super().__init__(python.__name__, Path(inspect.getfile(python)), divisible)
 
     def requests(self, arch: str) -> list[Request]:
         """What to compile for a family of devices: every variant, and the twins without promises."""
@@ -163,47 +240,14 @@ class Kernel:
             fp_fusion=variant.fp_fusion,
         )
 
-    def __getitem__(self, key: tuple[str, Grid]) -> Callable[..., None]:
-        """A function of the arguments.
+    def twins(self) -> dict[str, bool]:
+        return {name: variant.unaligned for name, variant in self.variants.items()}
 
-        It raises NotCompiled, BadArgument, Misaligned, InterpreterOff, DeviceUnavailable or LaunchFailed.
-        """
-        return partial(self._launch, *key)
+    def _kinds(self, variant: str) -> list[tuple[str, str]]:
+        request = self._request(variant, self.variants[variant], "", "", self.divisible)
+        return [(n, k) for n, k in request.resolved().items() if k != "constexpr"]
 
-    def _launch(self, variant: str, grid: Grid, *args: Any) -> None:
-        arguments = self._checker(variant)
-        broken = arguments.check(args)
-        if broken and not self.variants[variant].unaligned:
-            raise Misaligned(
-                f"{self.name} {variant}: {broken}, but was promised to be one when it was compiled",
-                notes=["a variant with unaligned=True takes any"],
-            )
-        blocks = _three(self.name, grid)
-        if 0 in blocks:
-            return
-        device = _device(self.name, arguments, args)
-        if device.type == "cpu":
-            self._interpret(variant, blocks, arguments, args)
-            return
-        compiled = self.load(f"{variant}-{UNALIGNED}" if broken else variant, device.index)
-        parameters = arguments.pack(args, compiled.descriptors, compiled.flags)
-        scratch = [
-            torch.empty(size * math.prod(blocks), dtype=torch.uint8, device=device) if size else None
-            for size in compiled.scratch
-        ]
-        parameters += [np.uint64(0 if s is None else s.data_ptr()) for s in scratch]
-        driver.launch(compiled.loaded, blocks, parameters)
-
-    def _checker(self, variant: str) -> Arguments:
-        if variant not in self._arguments:
-            if variant not in self.variants:
-                raise NotCompiled(f"{self.name} has no variant {variant!r}{nearest(variant, self.variants)}")
-            request = self._request(variant, self.variants[variant], "", "", self.divisible)
-            kinds = [(n, k) for n, k in request.resolved().items() if k != "constexpr"]
-            self._arguments[variant] = Arguments(self.name, kinds, self.divisible)
-        return self._arguments[variant]
-
-    def _interpret(
+    def _on_cpu(
         self, variant: str, blocks: tuple[int, int, int], arguments: Arguments, args: Sequence[Any]
     ) -> None:
         fp8 = any("fp8" in kind for kind in arguments.kinds)
@@ -215,22 +259,6 @@ class Kernel:
             for name, box, value in zip(arguments.names, arguments.boxes, args, strict=True)
         }
         self.function[blocks](**values, **self.variants[variant].constants)  # type: ignore[index]
-
-    def load(self, variant: str, device: int) -> _Compiled:
-        """The cubin of a variant (or of its twin, VARIANT-unaligned) on a device; kept.
-
-        Raises NotCompiled where the package holds none, DeviceUnavailable where it holds only other devices'.
-        """
-        if (variant, device) not in self._loaded:
-            self._loaded[variant, device] = _load(self, variant, device)
-        return self._loaded[variant, device]
-
-    def preload(self, device: int) -> None:
-        """Loads every variant. Raises as ``load`` does."""
-        for name, variant in self.variants.items():
-            self.load(name, device)
-            if variant.unaligned:
-                self.load(f"{name}-{UNALIGNED}", device)
 
 
 @dataclass(frozen=True)
@@ -249,11 +277,12 @@ def preload(package: str, device: int) -> None:
     Raises NotCompiled, DeviceUnavailable, LaunchFailed.
     """
     modules = [m for name, m in sys.modules.items() if name.startswith(f"{package}.")]
-    for kernel in {id(v): v for m in modules for v in vars(m).values() if isinstance(v, Kernel)}.values():
+    counters.prepare(device)
+    for kernel in {id(v): v for m in modules for v in vars(m).values() if isinstance(v, Launchable)}.values():
         kernel.preload(device)
 
 
-def _load(kernel: Kernel, variant: str, device: int) -> _Compiled:
+def _load(kernel: Launchable, variant: str, device: int) -> _Compiled:
     folder = kernel.file.parents[1] / "cubin"
     label = f"{kernel.name} {variant}"
     built = {f.name.split(".")[-2]: f for f in folder.glob(f"{kernel.name}.{variant}.*.json")}
@@ -264,7 +293,10 @@ def _load(kernel: Kernel, variant: str, device: int) -> _Compiled:
         if family(arch).runs_on(capability):
             about = json.loads(file.read_text(encoding="utf-8"))
             cubin = file.with_suffix(".cubin").read_bytes()
-            loaded = driver.load(label, cubin, about["symbol"], about["warps"], about["shared"], device)
+            together = about.get("cooperative", False)
+            loaded = driver.load(
+                label, cubin, about["symbol"], about["warps"], about["shared"], device, together
+            )
             scratch = tuple(hidden["size"] for hidden in about["hidden"].values())
             return _Compiled(loaded, tuple(about["descriptors"]), about["flags"], scratch)
     raise DeviceUnavailable(

@@ -13,8 +13,19 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 _SCRIPT = Path(__file__).with_name("compile_worker.py")
-# Variables that change what Triton, LLVM or ptxas produce: a cubin must not depend on who builds it.
-_COMPILERS = ("TRITON_", "MLIR_", "LLVM_", "PTXAS_", "NVPTX_", "DISABLE_", "USE_IR_LOC", "ALLOW_LHS_")
+# Variables that change what Triton, LLVM, ptxas or NVRTC produce: a cubin must not depend on who builds it.
+_COMPILERS = (
+    "TRITON_",
+    "MLIR_",
+    "LLVM_",
+    "PTXAS_",
+    "NVPTX_",
+    "NVRTC_",
+    "NVCC_",
+    "DISABLE_",
+    "USE_IR_LOC",
+    "ALLOW_LHS_",
+)
 _TOOLS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")  # part of the cache's key, by their version
 
 

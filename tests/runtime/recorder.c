@@ -58,6 +58,12 @@ Result cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned b
     unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
     return record(f, grid, block, shared, stream, params);
 }
+Result cuLaunchCooperativeKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                                 unsigned shared, void *stream, void **params) {
+    unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
+    SAY("together: ");
+    return record(f, grid, block, shared, stream, params);
+}
 Result cuLaunchKernelEx(const Config *config, void *f, void **params, void **extra) {
     return record(f, config->grid, config->block, config->shared, config->stream, params) || config->count;
 }

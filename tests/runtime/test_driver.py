@@ -44,7 +44,8 @@ args = [a, b, 4096] if about["kernel"] == "copy" else [a, b, c, 256, 0.5]
 assert arguments.check(args) is None
 try:
     cubin = file.with_suffix(".cubin").read_bytes()
-    loaded = driver.load("k v", cubin, about["symbol"], about["warps"], about["shared"], 0)
+    together = about.get("cooperative", False)
+    loaded = driver.load("k v", cubin, about["symbol"], about["warps"], about["shared"], 0, together)
     packed = arguments.pack(args, about["descriptors"], about["flags"])
     driver.launch(loaded, (3, 2, 1), [*packed, np.uint64(0), np.uint64(0)])
 except driver.LaunchFailed as error:
@@ -112,6 +113,19 @@ def test_tensor_maps_and_much_shared_memory(built: dict[str, Cubin], libcuda: Pa
         *(b, i32(128), i32(256), i64(256), i64(1)),
         *(c, i32(64), i32(256), i64(256), i64(1)),
         *(i32(256), struct.pack("<f", 0.5).hex(), i64(0), i64(0)),
+    ]
+
+
+def test_a_cooperative_launch(built: dict[str, Cubin], libcuda: Path, tmp_path: Path) -> None:
+    cubin = built["copy sm_90a"]
+    together = Cubin(cubin.data, cubin.metadata | {"cooperative": True}, cubin.facts)
+    *lines, addresses = record(together, libcuda, tmp_path, stream=0x5555)
+    a, b, _ = addresses.split()
+    assert lines == [
+        "load ELF",
+        "kernel copy",
+        "together: launch 3,2,1 of 128,1,1 shared 0 stream 0x5555",
+        *(a, b, i32(4096), i64(0), i64(0)),
     ]
 
 

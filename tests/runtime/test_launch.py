@@ -26,7 +26,7 @@ from moec.errors import (
     Misaligned,
     NotCompiled,
 )
-from moec.runtime import driver, launch
+from moec.runtime import counters, driver, launch
 from moec.runtime.compile import compile_many
 from moec.runtime.sass import parameters
 from tests.runtime.kernels import SOURCE
@@ -68,11 +68,21 @@ class Driver:
         monkeypatch.setattr(driver, "capability", lambda device: capability)
         monkeypatch.setattr(driver, "load", self.load)
         monkeypatch.setattr(driver, "launch", self.launch)
+        monkeypatch.setattr(counters, "prepare", lambda device: None)
         # Tensors of the CPU count as the GPU's.
         monkeypatch.setattr(launch, "_device", lambda *_: torch.device("cuda", 0))
 
-    def load(self, label: str, cubin: bytes, symbol: str, warps: int, shared: int, device: int) -> Any:
-        self.loads.append((label, cubin, symbol, warps, shared, device))
+    def load(
+        self,
+        label: str,
+        cubin: bytes,
+        symbol: str,
+        warps: int,
+        shared: int,
+        device: int,
+        together: bool = False,
+    ) -> Any:
+        self.loads.append((label, cubin, symbol, warps, shared, device, *(["together"] if together else [])))
         return SimpleNamespace(label=label)
 
     def launch(self, loaded: Any, grid: tuple[int, int, int], values: list[Any]) -> None:
