@@ -9,6 +9,7 @@ from typing import Any
 from moec.ir.attrs import Range
 from moec.ir.graph import ENTRIES, Function, Module
 from moec.ir.op import OpResult, Param, Value
+from moec.ir.ops.hash_route import HashRoute
 from moec.ir.ops.weights import Bind, Stack
 from moec.ir.types import TensorType
 from moec.ir.weights import WEIGHTS, bindings, bodies_of
@@ -29,6 +30,7 @@ KINDS = {
     ("kv_cache_write", "w"): "norm",
     ("latent_cache_write", "w"): "norm",
     ("linear", "bias"): "bias",
+    ("hash_route", "table"): "experts",
     ("route", "bias"): "bias",
     ("route_sort", "bias"): "bias",
     ("scaled", "scale"): "scale",
@@ -39,9 +41,9 @@ def manifest_tensors(module: Module) -> dict[str, list[dict[str, Any]]]:
     """``parameters``: what the kernels use; ``checkpoint``: what is read for it.
 
     Each entry has name (``model.layers.*.mlp.gate.weight``), ranges (first and last of each ``*``), dtype,
-    shape (and scale, the shape of its scales, of a scaled one) and kind: ``norm``, ``bias``, ``scale`` or
-    ``matrix``, by which random weights are drawn. A parameter that is part of another one's memory is marked
-    ``view``.
+    shape (and scale, the shape of its scales, of a scaled one) and kind: ``norm``, ``bias``, ``scale``,
+    ``experts`` (numbers ``below`` one) or ``matrix``, by which random weights are drawn. A parameter that is
+    part of another one's memory is marked ``view``.
     """
     used = {key: entry for name in ENTRIES if name != WEIGHTS for key, entry in _params(module, name)}
     bound = set(_bound(module))
@@ -85,6 +87,7 @@ def _params(module: Module, entry: str) -> Iterator[tuple[Any, dict[str, Any]]]:
                         "shape": list(param.type.shape),
                         **({"scale": list(param.type.scale_shape)} if param.type.scale else {}),
                         "kind": _kind(module, function, param),
+                        **_below(function, param),
                     },
                 )
 
@@ -107,6 +110,12 @@ def _views(module: Module, used: Collection[Any]) -> Iterator[Any]:
             of = whole.get(x) or (x.name if isinstance(x, Param) else "")
             if x is not op.x and (prefix + of, ranges) in used:
                 yield (prefix + name, ranges)
+
+
+def _below(function: Function, param: Param) -> dict[str, int]:
+    """Of a router's table: how many experts its entries choose among."""
+    routers = [op for op in function.users(param) if isinstance(op, HashRoute)]
+    return {"below": routers[0].logits.type.shape[1]} if routers else {}
 
 
 def _kind(module: Module, function: Function, value: Value) -> str:

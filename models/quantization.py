@@ -10,6 +10,7 @@ from moec.errors import SpecError, UnsupportedModel
 from moec.ir import DType, Function, Module, Op, TensorType
 from moec.ir.op import Param
 from moec.ir.ops.control import Loop
+from moec.ir.ops.hash_route import HashRoute
 from moec.ir.ops.linear import Linear
 from moec.ir.ops.route import Route
 from moec.ir.ops.scaled import Dequant, Scaled
@@ -87,7 +88,7 @@ def _candidates(function: Function) -> Iterator[Param]:
 
 
 def _feeds_route(function: Function, op: Op) -> bool:
-    return any(isinstance(user, Route) for user in function.users(op.results[0]))
+    return any(isinstance(user, Route | HashRoute) for user in function.users(op.results[0]))
 
 
 def _dequantize(module: Module, body: str, param: Param, how: BlockFP8, dtype: DType) -> None:

@@ -16,7 +16,7 @@ import torch
 from moec.ir.op import Op
 from moec.ir.ops.moe import SortByExpert
 
-ROUTERS = ("route", "route_sort")
+ROUTERS = ("route", "route_sort")  # those that a rounding may turn: no hash_route
 _NUMBER = re.compile(r"(\d+)\.(?!.*\d+\.)")  # the last in a scope
 # Parts of the tolerance that may explain a choice.
 STEPS = (0.0, 1 / 64, 1 / 16, 1 / 4, 1.0)

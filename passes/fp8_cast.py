@@ -30,6 +30,7 @@ import warnings
 from moec.ir import DType, Module, Value
 from moec.ir.devices import GPUS
 from moec.ir.op import Param
+from moec.ir.ops.hash_route import HashRoute
 from moec.ir.ops.route import Route
 from moec.ir.types import bf16, f16, f32, parse_block
 from moec.ir.weights import bindings, weights_name
@@ -64,7 +65,7 @@ def no_router(m: Match) -> str:
     while todo:
         value = todo.pop()
         for user in m.function.users(value):
-            if isinstance(user, Route):
+            if isinstance(user, Route | HashRoute):
                 return f"{value.text} are a router's scores"
             if user.name == "cast":
                 todo += user.results

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from moec.ir import Function, Module, Op, TensorType, Value
 from moec.ir.graph import ENTRIES
 from moec.ir.op import Param
+from moec.ir.ops.hash_route import HashRoute
 from moec.ir.ops.route import Route
 from moec.ir.weights import WEIGHTS
 from moec.passes.loading import bind, bound_outside, drop_dead_bindings, emit, fresh_name, loaded
@@ -48,7 +49,7 @@ def why_apart(module: Module, function: Function, op: Op, align: int) -> str:
     """Why a product can't be part of a joint one, whichever the others are."""
     y = op.results[0]
     for user in function.users(y):
-        if isinstance(user, Route):
+        if isinstance(user, Route | HashRoute):
             return f"{y.text} are a router's scores"
     columns = op.tensor(op.operands[1], 2, scaled=True).shape[0]  # type: ignore[arg-type]
     if not isinstance(columns, int) or columns % align:

@@ -168,7 +168,8 @@ class InMemory:
 class Random:
     """Weights that a seed and their own names determine: each the same whatever else there is.
 
-    Matrices are normal with deviation 1/sqrt(columns), norms near 1, biases small, fp8 scales positive.
+    Matrices are normal with deviation 1/sqrt(columns), norms near 1, biases small, fp8 scales positive; a
+    table of experts names some that are there.
     """
 
     def __init__(self, seed: int, entries: Iterable[dict[str, Any]]) -> None:
@@ -188,6 +189,10 @@ class Random:
         entry = self._entries[name]
         # PyTorch's generator on the CPU heeds the low 32 bits of a seed only.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        if entry["kind"] == "experts":  # k in a row: they differ
+            first = torch.randint(entry["below"], (entry["shape"][0], 1), generator=generator)
+            chosen = (first + torch.arange(entry["shape"][1])) % entry["below"]
+            return chosen.to(DTYPES[entry["dtype"]])
         normal = torch.randn(entry["shape"], generator=generator)
         if entry["kind"] == "norm":
             normal = 1 + normal * 0.1

@@ -493,6 +493,27 @@ def _route(g: Graph, name: str = "route") -> Any:
     return w, id, *order
 
 
+@draws("hash_route")
+def _hash_route(g: Graph) -> Any:
+    """Some tokens without a row, some entries that name no expert."""
+    experts, k, vocab = g.draw(small), g.draw(small), 5
+    ids = g.draw(st.lists(st.integers(-1, vocab), min_size=g.tokens, max_size=g.tokens))
+    entry = st.lists(st.integers(-1, experts), min_size=k, max_size=k)
+    table = g.draw(st.lists(entry, min_size=vocab, max_size=vocab))
+    kind = g.draw(of([i32, i64]))
+    return g.op(
+        "hash_route",
+        g.x(N, experts),
+        g.integers(table, vocab, k, dtype=kind),
+        g.integers(ids, N, dtype=i64),
+        score=g.draw(of(["sigmoid", "sqrtsoftplus"])),
+        k=k,
+        renorm=g.draw(st.booleans()),
+        scale=g.draw(of([1.0, 1.5])),
+        dtype=g.draw(of([f32, bf16])),
+    )
+
+
 def _choice(g: Graph) -> tuple[Value, Value, int, int]:
     if not g.routed:
         _route(g)

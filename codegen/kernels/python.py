@@ -138,6 +138,7 @@ register(
         "rope",
         lambda op: dict(op.attrs) | {"rank": op.operands[0].type.rank, "dtype": op.operands[0].type.dtype},
     ),
+    _kernel("hash_route", lambda op: dict(op.attrs) | {"experts": _shape(op, 0)[1]}),
     _kernel("route", _route),
     _kernel("route_sort", _route),
     _kernel("local_experts"),

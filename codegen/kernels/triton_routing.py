@@ -78,6 +78,28 @@ def _route_reasons(op: Op) -> list[str]:
     return reasons
 
 
+def _hash_route(op: Op, device: GPU) -> dict[str, Any]:
+    logits, table, tokens = (tensor(v) for v in op.operands)
+    slots = _power_of_two(op.attrs["k"])
+    return dict(op.attrs) | {
+        "experts": logits.shape[1],
+        "vocab": table.shape[0],
+        "logits_type": pointer(logits.dtype),
+        "table_type": pointer(table.dtype),
+        "tokens_type": pointer(tokens.dtype),
+        "w_type": pointer(op.attrs["dtype"]),
+        "slots": slots,
+        "block": max(1, 128 // slots),  # a choice or two a thread
+        "warps": 2,
+    }
+
+
+def _hash_route_reasons(op: Op) -> list[str]:
+    logits, table = tensor(op.operands[0]), tensor(op.operands[1])
+    reasons = not_static(E=logits.shape[1], vocab=table.shape[0]) + not_float(logits)
+    return reasons + ([] if op.attrs["dtype"].name in FLOATS else [f"weights are {op.attrs['dtype']}"])
+
+
 def _combine(op: Op, device: GPU) -> dict[str, Any]:
     rows, slot, w, plus = op.operands
     y = tensor(op.results[0])
@@ -113,6 +135,7 @@ register(
     TritonKernel(
         "route_sort", "triton/route_sort.py.jinja", _route, _route_reasons, ("triton/expert_of.py.jinja",)
     ),
+    TritonKernel("hash_route", "triton/hash_route.py.jinja", _hash_route, _hash_route_reasons),
     TritonKernel(
         "sort_by_expert",
         "triton/sort_by_expert.py.jinja",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moec.ir import Builder, Value
 from moec.ir.ops.route import SCORES
-from moec.ir.types import f32
+from moec.ir.types import f32, i64
 from moec.models.blocks.base import Declared, width
 
 
@@ -23,6 +23,8 @@ class Router(Declared):
     bias           ``e_score_correction_bias`` [experts] fp32 takes part in choosing, not in the weights (V3)
     fp32           logits in fp32 (DeepSeek), not in the model's dtype
     round_weights  weights rounded to the model's dtype (Qwen, OLMoE), not kept in fp32
+    hash_vocab     above 0, a token's experts stand in its row of ``tid2eid`` [hash_vocab, top_k] int64;
+                   scores only weigh them (V4's first layers)
     """
 
     experts: int
@@ -37,6 +39,7 @@ class Router(Declared):
     bias: bool = False
     fp32: bool = False
     round_weights: bool = False
+    hash_vocab: int = 0
     name: str = "gate"
 
     def check(self) -> None:
@@ -63,11 +66,19 @@ class Router(Declared):
             f"top_k is {self.top_k}, but {self.topk_groups} groups of {size} allow {size * self.topk_groups}",
         )
 
+        self.need_natural("hash_vocab")
+        self.need(
+            not self.hash_vocab or (self.groups == 1 and not self.bias and self.score != "softmax"),
+            "hash_vocab: what a table chooses has no groups, bias or softmax",
+        )
+
     def lower(self, b: Builder, x: Value) -> tuple[Value, Value]:
         """x [N, H] to the weights [N, k], best first, and the experts' ids [N, k] int32."""
         with b.scope(self.name):
             weight = b.param("weight", (self.experts, width(x)))
             logits = b.linear(x, weight, acc=f32 if self.fp32 else None, out="logits")
+            if self.hash_vocab:
+                return self._by_hash(b, logits, b.param("tid2eid", (self.hash_vocab, self.top_k), i64))
             bias = b.param("e_score_correction_bias", (self.experts,), f32) if self.bias else None
         w, id = b.route(
             logits,
@@ -79,6 +90,20 @@ class Router(Declared):
             dtype=b.dtype if self.round_weights else f32,
             out=("w", "id"),
             **self._grouping(),
+        )
+        return w, id
+
+    def _by_hash(self, b: Builder, logits: Value, table: Value) -> tuple[Value, Value]:
+        w, id = b.hash_route(
+            logits,
+            table,
+            b.context["ids"],
+            score=self.score,
+            k=self.top_k,
+            renorm=self.renorm,
+            scale=float(self.scale),
+            dtype=b.dtype if self.round_weights else f32,
+            out=("w", "id"),
         )
         return w, id
 

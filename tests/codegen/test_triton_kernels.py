@@ -22,6 +22,7 @@ from tests.codegen.triton_kernels import (
     combine_op,
     fp8_op,
     grouped_op,
+    hash_route_op,
     linear_op,
     load,
     norm_op,
@@ -37,6 +38,9 @@ INTERPRETED = ["triton_interpreted.py", "triton_interpreted_fp8.py"]
 V3_ROUTER: dict[str, Any] = {"score": "sigmoid", "renorm": True, "scale": 2.5, "groups": 8, "topk_groups": 4}
 V3_ROUTER["group_score"] = "top2sum"
 V3 = {
+    "hash_route": lambda dtype: hash_route_op(
+        256, 6, 129280, "f32", score="sqrtsoftplus", renorm=True, scale=1.5
+    ),
     "route": lambda dtype: route_op("route", 256, 8, "f32", True, **V3_ROUTER),
     "route_sort": lambda dtype: route_op("route_sort", 256, 8, "f32", True, shared=1, **V3_ROUTER),
     "sort_by_expert": lambda dtype: sort_op(8, 256),
@@ -149,6 +153,8 @@ def test_offsets_have_64_bits() -> None:
         (lambda: quant_op("bf16", 16384, "1x*"), None),
         (lambda: quant_op("bf16", 16385, "1x*"), "K is 16385"),
         (lambda: sort_op(2, 2047), None),
+        (lambda: hash_route_op(512, 16, 9, score="sigmoid"), None),
+        (lambda: hash_route_op(4, 2, 9, "f64", score="sigmoid"), "f64 is none of"),
         (lambda: route_op("route", 1024, 2, score="softmax"), None),
         (lambda: route_op("route_sort", 1024, 2, score="softmax", shared=1), "1024 experts and 1 shared"),
         (lambda: sort_op(2, 2048), "2048 experts"),
@@ -257,6 +263,8 @@ def test_sort_and_combine_on_hopper(tmp_path: Path) -> None:
     cubins |= dict(compiled(V3["combine"]("bf16"), None, tmp_path))
     cubins |= dict(compiled(V3["route_sort"]("bf16"), None, tmp_path))
     cubins |= dict(compiled(route_op("route", 512, 16, "bf16", score="softmax"), None, tmp_path))
+    cubins |= dict(compiled(route_op("route", 384, 6, score="sqrtsoftplus"), None, tmp_path))
+    cubins |= dict(compiled(V3["hash_route"]("f32"), None, tmp_path))
     assert all(c.facts.spills == 0 for c in cubins.values())
     # Eight rows and what is added, 16 bytes a thread each.
     assert cubins["combine_sum 1024w4"].facts.loads["LDG.128"] >= 9

@@ -18,7 +18,7 @@ from moec.ir.ops.moe import SortByExpert
 from moec.ir.ops.route import SCORES
 from moec.ir.types import DTYPES
 from tests.codegen.interpreted import FOLDER, call, close, folder, normal, poisoned, routings
-from tests.codegen.triton_kernels import combine_op, grouped_op, route_op, sort_op, source
+from tests.codegen.triton_kernels import combine_op, grouped_op, hash_route_op, route_op, sort_op, source
 
 __all__ = ["folder", "poisoned"]  # fixtures, which pytest finds by name
 
@@ -206,6 +206,33 @@ def test_combine(
     op = combine_op(rows_dtype, w_dtype, to, k, width, slot, plus)
     found = call(op, source(op), FOLDER["kernels"], rows, places, w, added)
     close(found, type(op).reference(rows, places, w, added, **op.attrs))
+
+
+@given(
+    st.sampled_from([0, 1, 9, 70]),
+    st.sampled_from([1, 2, 6, 16]),
+    st.sampled_from([1, 12, 256]),
+    FLOATS,
+    st.sampled_from(["i32", "i64"]),
+    st.sampled_from(["sigmoid", "sqrtsoftplus"]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_hash_route(
+    tokens: int, k: int, experts: int, dtype: str, table: str, score: str, renorm: bool, seed: int
+) -> None:
+    """Tokens without a row, entries that are no expert, NaN that stays in its token's weights."""
+    generator = torch.Generator().manual_seed(seed)
+    op = hash_route_op(experts, k, 11, dtype, table, score=score, renorm=renorm, scale=1.5)
+    logits = normal(seed, tokens, experts, dtype=DTYPES[dtype].torch) * 4
+    if tokens > 1:
+        logits[1] = torch.nan
+    rows = torch.randint(-1, experts + 1, (11, k), generator=generator, dtype=DTYPES[table].torch)
+    ids = torch.randint(-1, 12, (tokens,), generator=generator)
+    found = call(op, source(op), FOLDER["kernels"], logits, rows, ids)
+    expected = type(op).reference(logits, rows, ids, **op.attrs)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert torch.equal(found[1], expected[1])
 
 
 def test_square_roots_of_softplus_where_it_vanishes() -> None:

@@ -120,6 +120,15 @@ def route_op(name: str, experts: int, k: int, dtype: str = "f32", bias: bool = F
     return op(args, f"{name}(%logits{', %bias' if bias else ''}) {{{given}}}", type)
 
 
+def hash_route_op(
+    experts: int, k: int, vocab: int, dtype: str = "f32", table: str = "i64", **attrs: Any
+) -> Op:
+    args = [f"%logits: {dtype}[T,{experts}]", f"%table: {table}[{vocab},{k}]", "%tokens: i64[T]"]
+    given = ", ".join(f"{key}={str(v).lower()}" for key, v in sorted({"k": k, **attrs}.items()))
+    types = f"{attrs.get('dtype', 'f32')}[T,{k}], i32[T,{k}]"
+    return op(args, f"hash_route(%logits, %table, %tokens) {{{given}}}", types)
+
+
 def op(args: list[str], line: str, type: str) -> Op:
     types = type.split(", ")
     names = ", ".join(f"%y{i}" for i in range(len(types)))

@@ -66,6 +66,11 @@ GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
         {"layout": "half", "eps": 1e-6},
         "cache<bf16[8,128], page=64>",
     ),
+    "hash_route": (
+        ["bf16[N,256]", "i64[1000,6]", "i64[N]"],
+        {"score": "sqrtsoftplus", "k": 6},
+        "f32[N,6], i32[N,6]",
+    ),
     "head_linear": (["bf16[N,16,64]", "bf16[16,32,64]"], {}, "bf16[N,16,32]"),
     "latent_attention": (
         ["bf16[N,16,576]", CACHE, "index", "i32[B,P]", "i32[B+1]", "i32[B]"],
@@ -317,6 +322,9 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("grouped_linear", {0: "bf16[N~8,64]"}, "the number of groups is 8 in %x but 256 in %w"),
     ("grouped_linear", {3: "i32[N]"}, "R is 8*N in %x but N in %slot"),
     ("grouped_linear", {3: "f32[8*N]"}, "%slot is f32[8*N], not integers"),
+    ("hash_route", {"k": 8}, "k is 8, but %table names 6 experts a token"),
+    ("hash_route", {1: "f32[1000,6]"}, "%table is f32[1000,6], not integers"),
+    ("hash_route", {2: "i64[T]"}, "T is N in %logits but T in %tokens"),
     ("head_linear", {0: "bf16[N,64]"}, "%x is bf16[N,64], not of rank 3"),
     ("head_linear", {1: "bf16[32,64]"}, "%w is bf16[32,64], not of rank 3"),
     (
