@@ -20,8 +20,9 @@ class KernelRecords:
             emits_nothing(op)
             return {}
         kernel = select(op, target)
-        schedules = kernel.schedules(op, target)
-        return {"kernel": kernel.name} | ({"schedule": schedules} if schedules else {})
+        schedules, origin = kernel.schedules(op, target), kernel.measured_on(op, target)
+        found = {"kernel": kernel.name, "schedule": schedules, "tuned": origin}
+        return {key: text for key, text in found.items() if text}
 
     def workspace(self, op: Op, target: str) -> Amount:
         return select(op, target).workspace(op)

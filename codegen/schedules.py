@@ -75,6 +75,13 @@ class Problem:
     quantised: bool = False
 
     @property
+    def text(self) -> str:
+        """``256 x [2 x 2048, 7168] bf16``: experts, matrices, columns, depth."""
+        columns = f"{self.matrices} x {self.columns}" if self.matrices > 1 else str(self.columns)
+        made = ", gathered" * self.gathered + ", quantised" * self.quantised
+        return f"{self.experts} x [{columns}, {self.depth}] {self.dtype}{made}"
+
+    @property
     def whole_rows(self) -> bool:
         """Rows start at multiples of 16 bytes: what descriptors and 16-byte copies need."""
         return self.depth * self.itemsize % 16 == 0

@@ -3,8 +3,8 @@
 The model knows the device's facts (devices.py), the shape, and how many rows an expert has on average, R / E.
 It takes the router to send each row to an expert at random, so that an expert's rows are Poisson distributed:
 that gives the experts with rows (whose weights move at all) and the tiles. Skew is not modelled: the true
-counts never leave the device. What it assumes beside the device's facts stands in constants.py. No figure that
-the model gives has been measured.
+counts never leave the device. What it assumes beside the device's facts stands in constants.py. No figure
+that the model gives has been measured.
 """
 
 from __future__ import annotations

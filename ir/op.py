@@ -99,6 +99,7 @@ class attr:
 ANNOTATIONS = {
     "kernel": attr(STR, None, doc="the kernel record that emits it"),
     "schedule": attr(STR, None, doc="its kernel's schedules, by rows an expert: the first whose bound holds"),
+    "tuned": attr(STR, None, doc="the device on which its schedules were measured, and when"),
     "buffer": attr(NUMBERS, None, doc="the planned buffer of each result; `_` for one that takes no memory"),
 }
 

@@ -17,6 +17,7 @@ class Records(Protocol):
 
     def annotations(self, op: Op, target: str) -> dict[str, str]:
         """``kernel`` and, where it has schedules, ``schedule`` of ``op``: its own, else those picked for it.
+        ``tuned`` where these were picked by measurements.
 
         Empty for what no kernel emits (loops, ``return``, ``bind``). Raises UnknownKernel or BadSchedule
         where the op's own are impossible.

@@ -42,6 +42,16 @@ class BuildOptions:
     cache: str | None = _option(
         None, "folder of compiled kernels, kept between builds; ~/.cache/moec by default", "MOEC_CACHE"
     )
+    tuning: str | None = _option(
+        None,
+        "a file of moec tune's; by default this device's in the cache's folder or moec's own; none: no file",
+        "MOEC_TUNING",
+    )
+    batch_invariant: bool = _option(
+        False,
+        "one schedule whatever the number of tokens: a token's bits don't depend on what is beside it",
+        "MOEC_BATCH_INVARIANT",
+    )
     interpret: bool = _option(
         False,
         "moec.ops: run GPU kernels on CPU tensors, in Triton's interpreter (with TRITON_INTERPRET=1)",
@@ -58,9 +68,12 @@ class BuildOptions:
             ("layers", self.layers),
             ("stop_after", self.stop_after),
             ("resume", self.resume),
+            ("tuning", self.tuning),
         ):
             if not isinstance(value, str) and not (value is None and name != "target"):
                 raise BadOption(f"{name} is {value!r}; it must be text")
+        if not isinstance(self.batch_invariant, bool):
+            raise BadOption(f"batch_invariant is {self.batch_invariant!r}; it must be true or false")
         if self.opt_level not in (0, 1, 2, 3):
             raise BadOption(f"opt_level is {self.opt_level!r}; it must be 0, 1, 2 or 3")
         if not isinstance(self.fp8, bool | str):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec import __version__, codegen, models, passes
+from moec.codegen import invariance
+from moec.codegen.choosing import Choosing, choose_by
 from moec.config import BuildOptions
 from moec.errors import BadOption, nearest
 from moec.ir import Module
 from moec.ir.text import split_top
 from moec.passes.fp8_recipes import without_fp8
+from moec.tune.files import about as tuning_used
+from moec.tune.files import find_tuning
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +87,9 @@ def build(
     if chosen.dtype is not None:
         model = model.with_dtype(chosen.dtype)
     folder = Path(out) if out is not None else Path("build") / _folder_name(model.name)
+    how = choosing(chosen, goal.name)
 
-    with codegen.staging(folder, chosen.force) as aside:
+    with codegen.staging(folder, chosen.force) as aside, choose_by(how):
         say(f"lowering {model.name}")
         module = models.lower(model)
         module.target = goal.name
@@ -93,11 +99,25 @@ def build(
         else:
             optimise(module, pipeline_of(chosen), aside, say)
         say("emitting")
+        about |= schedules(module, goal.name, how)
         manifest = codegen.write_package(aside, module, goal, __version__, about, compiler(goal, chosen, say))
         if weights is not None:
             say("checking the weights")
             check_weights(weights, manifest)
     return Built(folder, manifest)
+
+
+def choosing(options: BuildOptions, target: str) -> Choosing:
+    """How the schedules of a build are picked. Raises BadTuning; warns of files that are passed over."""
+    return Choosing(options.batch_invariant, find_tuning(options, target))
+
+
+def schedules(module: Module, target: str, how: Choosing) -> dict[str, Any]:
+    """What the manifest says of it. Warns where a batch-invariant build has kernels that aren't."""
+    found = invariance.report(module, target) if how.batch_invariant else None
+    if found and (line := invariance.warning(found)):
+        warnings.warn(line, stacklevel=3)
+    return {"tuning": tuning_used(module, target, how.tuning), "batch_invariant": found}
 
 
 def compiler(

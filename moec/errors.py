@@ -272,6 +272,12 @@ class ToleranceExceeded(MoecError):
     code = "M0706"
 
 
+class BadTuning(MoecError):
+    """A tuning file that can't be read: absent, no JSON, or not what `moec tune` writes."""
+
+    code = "M0707"
+
+
 # 08: compiling and launching kernels
 class CompileFailed(MoecError):
     """A kernel's variant that its compiler refuses; the message is the compiler's."""

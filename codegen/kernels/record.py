@@ -13,9 +13,14 @@ from moec.ir.op import Op
 
 @dataclass(frozen=True)
 class Record:
-    """``name`` is what ``kernel=`` in the IR calls it: by default its family and its op."""
+    """``name`` is what ``kernel=`` in the IR calls it: by default its family and its op.
+
+    ``row_by_row``: with one schedule for all of M, a row's bits depend on that row alone (see
+    ``codegen/invariance.py``).
+    """
 
     family: ClassVar[str] = "torch"
+    row_by_row: ClassVar[bool] = False
     usual_workspace: ClassVar[Workspace] = nothing
     op: str
     name: str = field(default="", kw_only=True)
@@ -36,6 +41,10 @@ class Record:
         """The op's schedules as text: its own, once they are known to be possible, else the ones picked."""
         if "schedule" in op.annotations:
             raise refuse(BadSchedule, op, f"{self.name} has no schedules")
+        return ""
+
+    def measured_on(self, op: Op, target: str) -> str:
+        """The device and the date of the measurements behind the schedules picked, if there are any."""
         return ""
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from moec.codegen.choosing import choosing, measured
 from moec.codegen.kernels.record import Record
 from moec.codegen.render import identifier, render_python
+from moec.codegen.schedules import Problem
 from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op, Value
 from moec.ir.types import DType, TensorType
@@ -26,10 +28,11 @@ class TritonKernel(Record):
 
     ``constants(op, device)`` fills the template; ``reasons(op)`` says what is against it; ``helpers`` are
     templates of Triton functions that all parts of one file share. ``ladder(op, device)`` gives the schedules
-    of a kernel that has any, as text.
+    of a kernel that has any, as text; ``problem(op)`` is what they are picked for.
     """
 
     family: ClassVar[str] = "triton"
+    row_by_row: ClassVar[bool] = True
     template: str
     constants: Callable[[Op, GPU], dict[str, Any]]
     reasons: Callable[[Op], list[str]]
@@ -37,9 +40,17 @@ class TritonKernel(Record):
     targets: tuple[str, ...] = tuple(GPUS)
     in_place: int | None = None
     ladder: Callable[[Op, GPU], str] | None = None
+    problem: Callable[[Op], Problem] | None = None
 
     def schedules(self, op: Op, target: str) -> str:
         return super().schedules(op, target) if self.ladder is None else self.ladder(op, GPUS[target])
+
+    def measured_on(self, op: Op, target: str) -> str:
+        tuning = choosing().tuning
+        if self.problem is None or "schedule" in op.annotations or tuning is None:
+            return ""
+        problem = self.problem(op)
+        return tuning.origin(problem) if measured(problem, GPUS[target]) else ""
 
     def supports(self, op: Op) -> list[str]:
         """Reasons against; none means yes."""

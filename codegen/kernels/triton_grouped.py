@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moec.codegen.choosing import choosing, pick
 from moec.codegen.kernels import register
 from moec.codegen.kernels.record import refuse
 from moec.codegen.kernels.triton import (
@@ -18,7 +19,6 @@ from moec.codegen.kernels.triton import (
 )
 from moec.codegen.kernels.triton_scales import QUANT_BLOCK, Scales, reasons_against_scales, scales
 from moec.codegen.schedules import Problem, Schedule, parse_ladder, print_ladder
-from moec.codegen.select import ladder
 from moec.errors import BadSchedule
 from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op
@@ -110,17 +110,21 @@ def constants(op: Op, device: GPU) -> dict[str, Any]:
 
 
 def rungs(op: Op, device: GPU) -> list[tuple[float, Schedule]]:
-    """(rows an expert below which, schedule): the op's own ``schedule``, else what the model picks.
+    """(rows an expert below which, schedule): the op's own ``schedule``, else what this build picks.
 
-    Raises BadSchedule where the op's own can't be read or run.
+    Raises BadSchedule where the op's own can't be read or run, or is several and the build is to be batch
+    invariant.
     """
     text = op.annotations.get("schedule")
     if text is None:
-        return ladder(problem(op), device)
+        return pick(problem(op), device)
     try:
-        return parse_ladder(text, problem(op), device)
+        own = parse_ladder(text, problem(op), device)
     except ValueError as error:
         raise refuse(BadSchedule, op, f"schedule {error}") from None
+    if choosing().batch_invariant and len({s for _, s in own}) > 1:
+        raise refuse(BadSchedule, op, f"schedule {text!r} depends on M, and the build is batch invariant")
+    return own
 
 
 def constants_of(op: Op, device: GPU, rungs: list[tuple[float, Schedule]]) -> dict[str, Any]:
@@ -194,6 +198,7 @@ def _kernel(op: str, scaled: bool) -> TritonKernel:
         helpers=(tile, *(["triton/quantize.py.jinja"] if scaled and not dense else [])),
         targets=tuple(name for name, device in GPUS.items() if device.fp8 or not scaled),
         ladder=lambda op, device: print_ladder(rungs(op, device)),
+        problem=problem,
         name=f"triton.fp8_{op}" if scaled else "",
     )
 

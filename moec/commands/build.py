@@ -25,6 +25,10 @@ from moec.errors import BadOption
 @click.option("--resume", type=click.Path(), help="Go on from this dump of SPEC, edited or not.")
 @click.option("--fp8", is_flag=True, help="Products in fp8, by the recipe of DeepSeek-V3.")
 @click.option("--fp8-recipe", help="--fp8 by another recipe, as per-row or 'deepseek-v3.1{skip=[o_proj]}'.")
+@click.option(
+    "--tuning", help="A file of `moec tune`'s, or none. Default: this device's, where there is one."
+)
+@click.option("--batch-invariant", is_flag=True, help="A token's bits never depend on what is beside it.")
 @click.option("--layers", help="Only the first N layers, or layers A-B.")
 @click.option("--cache", help="Folder of compiled kernels, kept between builds. Default: ~/.cache/moec.")
 @click.option("--weights", type=click.Path(path_type=Path), help="A folder of safetensors to check now.")
@@ -38,6 +42,7 @@ def command(
     force: bool,
     fp8: bool,
     fp8_recipe: str | None,
+    batch_invariant: bool,
     **given: Any,
 ) -> None:
     """Compile SPEC into a package.
@@ -47,7 +52,12 @@ def command(
     """
     if fp8_recipe is not None and not fp8_recipe.strip():
         raise BadOption("--fp8-recipe is empty; --fp8 alone takes the default recipe")
-    options = BuildOptions.from_environment(**given, force=force or None, fp8=fp8_recipe or fp8 or None)
+    options = BuildOptions.from_environment(
+        **given,
+        force=force or None,
+        fp8=fp8_recipe or fp8 or None,
+        batch_invariant=batch_invariant or None,
+    )
     start = time.perf_counter()
     with ui.status(f"building {spec}") as say:
         from moec.driver import build
@@ -107,6 +117,25 @@ def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     if manifest["device"] == "cuda":
         emitted = manifest["emitted_by"]
         found += [(label, ", ".join(emitted.get(family, [])) or "none") for family, label in FAMILIES.items()]
+    return found + schedules(manifest)
+
+
+def schedules(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """How schedules were picked, where it wasn't by the model and by M."""
+    found = []
+    if tuning := manifest.get("tuning"):
+        used = "; ".join(f"{', '.join(p['ops'])} of {p['problem']}" for p in tuning["used"])
+        found.append(("tuned", f"{tuning['file']} of {tuning['device']}: {used or 'none of these products'}"))
+    if invariant := manifest.get("batch_invariant"):
+        found.append(
+            ("invariant", f"but for {', '.join(invariant['not'])}" if invariant["not"] else "all of it")
+        )
+        for product in invariant["cost"]:
+            rows, worst = max(product["times"], key=lambda pair: pair[1])
+            what = f"{', '.join(product['ops'])} of {product['problem']}: {product['schedule']}"
+            found.append(
+                ("", f"{what}, by the model up to {worst:.2f} times as long, at {rows:g} rows an expert")
+            )
     return found
 
 

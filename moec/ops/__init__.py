@@ -18,6 +18,7 @@ Common to all:
   nothing, exactly: no weight is read for it, whatever its routing weight, and no NaN or infinity comes of it.
   A row that is NaN stays in its own token.
 * The result depends on the inputs alone: a token's experts are added in the order of its choices, no atomics.
+  With ``batch_invariant`` a token's result depends on that token alone, to the bit.
 * Nothing is read back from a GPU. The values of offsets are checked on the CPU only.
 * They are for inference. A backward pass through one raises NotDifferentiable.
 
@@ -54,6 +55,7 @@ def fused_experts(
     w13_scale: Tensor | None = None,
     w2_scale: Tensor | None = None,
     x_scale: Tensor | None = None,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """y[t] = Σ_j topk_weights[t, j] · expert_{topk_ids[t, j]}(x[t]), plus shared[t]: [T, H] in x's dtype.
@@ -75,6 +77,8 @@ def fused_experts(
                   Both products are of fp8 then: x and what lies between them get scales for blocks of 1 x 128
     w2_scale      the same of w2
     x_scale       [T, ceil(H/128)] float32: x is float8_e4m3fn already, and what has x's dtype is bfloat16
+    batch_invariant  each product has one schedule whatever T is: a token's bits depend on that token alone.
+                  On the CPU, where products are PyTorch's, that can't be had: the first call warns
     out           [T, H] in x's dtype, receives the result and is returned; it may be x
 
     Raises BadInput; DeviceUnavailable for a device that nothing is built for; InterpreterOff; on a GPU
@@ -82,7 +86,8 @@ def fused_experts(
     """
     first = _first_expert(expert_range, w13)
     scales = (w13_scale, w2_scale, x_scale)
-    arguments = (x, w13, w2, topk_weights, topk_ids, shared, activation, limit, first, *scales)
+    layer = (x, w13, w2, topk_weights, topk_ids, shared, activation, limit, first)
+    arguments = (*layer, *scales, batch_invariant)
     if out is None:
         result: Tensor = torch.ops.moec.fused_experts(*arguments)
         return result
@@ -99,6 +104,7 @@ def grouped_experts(
     *,
     activation: str = "swiglu",
     limit: float | None = None,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """expert_e of rows off[e] … off[e+1] - 1 of x_sorted: [R, H] in x_sorted's dtype.
@@ -108,12 +114,12 @@ def grouped_experts(
 
     x_sorted           [R, H]: rows sorted by expert
     off                [E+1] int32 (or int64): 0 = off[0] ≤ off[1] ≤ … ≤ off[E] ≤ R, checked on the CPU only
-    w13, w2            as for ``fused_experts``, like activation and limit
+    w13, w2            as for ``fused_experts``, like activation, limit and batch_invariant
     out                [R, H] in x_sorted's dtype, receives the result and is returned; it may be x_sorted
 
     Raises as ``fused_experts`` does.
     """
-    arguments = (x_sorted, off, w13, w2, activation, limit)
+    arguments = (x_sorted, off, w13, w2, activation, limit, batch_invariant)
     if out is None:
         result: Tensor = torch.ops.moec.grouped_experts(*arguments)
         return result

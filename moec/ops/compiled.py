@@ -56,6 +56,7 @@ class Key:
     first: int = 0
     blocks: tuple[tuple[int, int], ...] = ()  # of w13's and w2's scales, where they are fp8
     scaled_x: bool = False
+    batch_invariant: bool = False
 
 
 _functions: dict[Key, Compiled] = {}
@@ -84,15 +85,18 @@ def _build(key: Key) -> Compiled:
     the process.
     """
     from moec import codegen
-    from moec.driver import compiler, optimise, pipeline_of
+    from moec.codegen.choosing import choose_by
+    from moec.driver import choosing, compiler, optimise, pipeline_of, schedules
 
     goal = codegen.target(key.target)
     module = lower(key)
     folder = _scratch() / f"{next(_numbers)}-{key.form}"
-    with codegen.staging(folder, force=False) as aside:
+    how = choosing(replace(options(), batch_invariant=key.batch_invariant), goal.name)
+    with codegen.staging(folder, force=False) as aside, choose_by(how):
         optimise(module, pipeline_of(replace(options(), target=goal.name)), aside, lambda line: None)
         compile = None if key.interpret else compiler(goal, options(), lambda line: None)
-        codegen.write_package(aside, module, goal, __version__, _about(key), compile)
+        about = _about(key) | schedules(module, goal.name, how)
+        codegen.write_package(aside, module, goal, __version__, about, compile)
     code = Package(folder).module("model")
     if goal.device == "cuda" and not key.interpret:
         # A later call may be one that a CUDA graph records, with other tokens: no kernel is loaded then.

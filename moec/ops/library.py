@@ -14,15 +14,17 @@ from torch import Tensor
 
 from moec.errors import NotDifferentiable
 from moec.ops import inputs
-from moec.ops.compiled import Key, function, target_of
+from moec.ops.compiled import Key, function, options, target_of
 
 Op = Callable[..., Any]
 
 _ROUTING = "Tensor topk_weights, Tensor topk_ids"
 _ACTIVATION = "str activation, float? limit"
 _SCALES = "Tensor? w13_scale, Tensor? w2_scale, Tensor? x_scale"
+_INVARIANT = "bool batch_invariant"
 _FUSED = f"Tensor x, Tensor w13, Tensor w2, {_ROUTING}, Tensor? shared, {_ACTIVATION}, int first, {_SCALES}"
-_GROUPED = f"Tensor x_sorted, Tensor off, Tensor w13, Tensor w2, {_ACTIVATION}"
+_FUSED += f", {_INVARIANT}"
+_GROUPED = f"Tensor x_sorted, Tensor off, Tensor w13, Tensor w2, {_ACTIVATION}, {_INVARIANT}"
 _BEGIN = f"Tensor x, Tensor w, {_ROUTING}"
 _END = "Tensor h, Tensor w2, Tensor topk_weights, Tensor slot, Tensor off, Tensor? plus"
 
@@ -101,6 +103,7 @@ def _fused(
     w13_scale: Tensor | None,
     w2_scale: Tensor | None,
     x_scale: Tensor | None,
+    batch_invariant: bool,
 ) -> Tensor:
     scales = w13_scale, w2_scale, x_scale
     _check_fused(x, w13, w2, topk_weights, topk_ids, shared, activation, limit, *scales)
@@ -121,13 +124,14 @@ def _fused(
         first=first,
         blocks=blocks,
         scaled_x=x_scale is not None,
+        batch_invariant=batch_invariant,
     )
     y: Tensor = _call(key, x, w13, w2, topk_weights, topk_ids, shared, *scales)
     return y
 
 
 def _fused_fake(x: Tensor, *rest: Any) -> Tensor:
-    _check_fused(x, *rest[:7], *rest[8:])  # all but the first expert's number
+    _check_fused(x, *rest[:7], *rest[8:-1])  # all but the first expert's number and batch_invariant
     return x.new_empty(x.shape, dtype=_result(x))
 
 
@@ -141,7 +145,13 @@ def _check_grouped(
 
 
 def _grouped(
-    x_sorted: Tensor, off: Tensor, w13: Tensor, w2: Tensor, activation: str, limit: float | None
+    x_sorted: Tensor,
+    off: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    activation: str,
+    limit: float | None,
+    batch_invariant: bool,
 ) -> Tensor:
     _check_grouped(x_sorted, off, w13, w2, activation, limit)
     inputs.check_count(x_sorted.shape[0])
@@ -153,13 +163,14 @@ def _grouped(
         integers=off.dtype,
         activation=activation,
         limit=limit,
+        batch_invariant=batch_invariant,
     )
     y: Tensor = _call(key, x_sorted, off, w13, w2)
     return y
 
 
 def _grouped_fake(x_sorted: Tensor, *rest: Any) -> Tensor:
-    _check_grouped(x_sorted, *rest)
+    _check_grouped(x_sorted, *rest[:-1])
     return x_sorted.new_empty(x_sorted.shape)
 
 
@@ -246,8 +257,9 @@ def _result(x: Tensor) -> torch.dtype:
 
 
 def _key(form: str, x: Tensor, sizes: tuple[int, int, int], **constants: Any) -> Key:
-    """``sizes``: experts, hidden and width."""
+    """``sizes``: experts, hidden and width. MOEC_BATCH_INVARIANT makes all calls batch invariant."""
     target, interpret = target_of(x.device)
+    constants["batch_invariant"] = constants.get("batch_invariant", False) or options().batch_invariant
     experts, hidden, width = sizes
     return Key(form, target, interpret, _result(x), experts, hidden, width, **constants)
 

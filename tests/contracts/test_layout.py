@@ -80,7 +80,8 @@ def test_the_wheel_holds_only_moec(wheel_names: set[str]) -> None:
 
 
 def test_the_wheel_holds_all_of_moec(wheel_names: set[str]) -> None:
-    names = [*in_package(repository_files(), ".py", ".jinja"), "moec/py.typed"]
+    tuning = [n for n in repository_files() if n.startswith("codegen/tuning/")]
+    names = [*in_package(repository_files(), ".py", ".jinja"), *tuning, "moec/py.typed"]
     wanted = {n if n.startswith("moec/") else f"moec/{n}" for n in names}
     assert {f"moec/{f}/__init__.py" for f in FOLDERS} <= wanted
     lacking = sorted(wanted - wheel_names)

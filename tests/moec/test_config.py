@@ -33,6 +33,8 @@ VARIABLES: list[tuple[str, str, str, Any, Any]] = [
     ("MOEC_FP8", "per-row{skip=[o_proj]}", "fp8", "per-row{skip=[o_proj]}", True),
     ("MOEC_CACHE", "kernels", "cache", "kernels", "others"),
     ("MOEC_INTERPRET", "1", "interpret", True, False),
+    ("MOEC_TUNING", "h100.json", "tuning", "h100.json", "none"),
+    ("MOEC_BATCH_INVARIANT", "1", "batch_invariant", True, False),
 ]
 
 

@@ -27,10 +27,10 @@ from tests.moec.fp8_experts import fp8_layer
 def operators() -> list[Any]:
     one = layer(experts=3)
     off = torch.tensor([0, 2, 2, 4], dtype=torch.int32)
-    unscaled = (None, None, None)
+    unscaled = (None, None, None, False)
     fused = (*one.args, None, "swiglu", None, 0, *unscaled)
     shared = (*one.args, torch.ones_like(one.x), "geglu", 0.5, 1, *unscaled)
-    grouped = (one.x, off, one.w13, one.w2, "swiglu", None)
+    grouped = (one.x, off, one.w13, one.w2, "swiglu", None, False)
     begin = (one.x, one.w13, one.weights, one.ids)
     _, weights, _, slot, off_of_slots = torch.ops.moec.experts_begin(*begin)
     end = (torch.randn(10, 6), one.w2, weights, slot, off_of_slots, None)
@@ -54,7 +54,7 @@ def test_opcheck(name: str, args: tuple[Any, ...]) -> None:
 def test_opcheck_in_fp8() -> None:
     """Without the test that looks for changed arguments: PyTorch can't compare fp8."""
     one = fp8_layer(scaled_x=True)
-    args = (*one.args, None, "swiglu", None, 0, *one.scales.values())
+    args = (*one.args, None, "swiglu", None, 0, *one.scales.values(), False)
     able = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.moec.fused_experts.default, args, test_utils=able)
 

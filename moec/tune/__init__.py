@@ -1,0 +1,1 @@
+"""``moec tune``: schedules by measurement, and the files that remember them (``codegen/tuned.py``)."""
