@@ -1,6 +1,7 @@
-"""The experts of a Mixture-of-Experts layer as PyTorch operators, for models that moec didn't build.
+"""A Mixture-of-Experts layer's router and experts as PyTorch operators, for models that moec didn't build.
 
->>> y = moec.ops.fused_experts(x, w13, w2, topk_weights, topk_ids)
+>>> weights, ids = moec.ops.route(logits, k=8, score="softmax", renorm=True)
+>>> y = moec.ops.fused_experts(x, w13, w2, weights, ids)
 
 Each is a custom operator of ``torch.library`` (``torch.ops.moec``) with a fake: it stands in a graph of
 ``torch.compile(fullgraph=True)``, shapes may be dynamic. What runs is compiled by moec at the first call with
@@ -38,7 +39,52 @@ from moec.ops.inputs import describe
 
 ExpertRange: TypeAlias = "tuple[int, int] | range"
 
-__all__ = ["ExpertRange", "fused_experts", "grouped_experts"]
+__all__ = ["ExpertRange", "fused_experts", "grouped_experts", "route"]
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    k: int,
+    score: str,
+    renorm: bool,
+    scale: float = 1.0,
+    groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    masked: str = "neginf",
+) -> tuple[Tensor, Tensor]:
+    """Each token's k experts, best first: weights [T, k] float32 and ids [T, k] int32.
+
+    logits       [T, E] bfloat16, float16 or float32; T may be 0, E and k are whatever they are
+    bias         [E] float32 or logits' dtype: takes part in choosing, not in the weights
+    score        ``softmax`` over the experts; of each alone ``sigmoid`` or ``sqrtsoftplus``, in fp32
+    renorm       the weights are divided by their sum + 1e-20
+    scale        multiplies the weights last
+    groups       that many equal runs of experts, of which the ``topk_groups`` best may be chosen from
+    group_score  a group's best score, ``max``, or its two best summed, ``top2sum``
+    masked       what the other groups' experts score: ``neginf``, or ``zero``, by which they may be chosen
+                 where k is more than the kept groups have; they weigh nothing
+
+    ====================  ================================================================================
+    DeepSeek V1, OLMoE    k=6, score="softmax", renorm=False
+    DeepSeek V2           k=6, score="softmax", renorm=False, scale=16, groups=8, topk_groups=3, masked="zero"
+    DeepSeek V3           bias, k=8, score="sigmoid", renorm=True, scale=2.5, groups=8, topk_groups=4,
+                          group_score="top2sum"
+    DeepSeek V4           bias, k=6, score="sqrtsoftplus", renorm=True, scale=1.5
+    Mixtral, Qwen3-MoE    k=2, score="softmax", renorm=True
+    ====================  ================================================================================
+
+    Equal scores go to the lower id, of groups too. A NaN counts as the highest score, so that its token gets
+    weights that are NaN; it still goes to k different experts that there are, and no other token changes.
+
+    Raises BadInput, also for routers that aren't defined: a ``top2sum`` of one expert a group, or k beyond
+    what the kept groups have; otherwise as ``fused_experts``.
+    """
+    how = (groups, topk_groups, group_score, masked, renorm, float(scale))
+    weights, ids = torch.ops.moec.route(logits, bias, k, score, *how)
+    return weights, ids
 
 
 def fused_experts(

@@ -57,6 +57,7 @@ class Key:
     blocks: tuple[tuple[int, int], ...] = ()  # of w13's and w2's scales, where they are fp8
     scaled_x: bool = False
     batch_invariant: bool = False
+    router: tuple[tuple[str, Any], ...] = ()  # a route's attributes
 
 
 _functions: dict[Key, Compiled] = {}
@@ -231,10 +232,19 @@ def end(b: Builder, key: Key) -> tuple[Value, ...]:
     return (b.combine(b.grouped_linear(h, w2, off, out="down"), slot, weights, plus, out="y"),)
 
 
+def route(b: Builder, key: Key) -> tuple[Value, ...]:
+    """(logits[, bias]) -> weights, ids: ``moec.ops.route``."""
+    logits = _argument(b, "logits", "T", key.experts)
+    bias = _argument(b, "bias", key.experts, dtype=key.plus) if key.plus else None
+    w, id = b.route(logits, bias, k=key.k, **dict(key.router), out=("w", "id"))
+    return w, id
+
+
 FORMS: dict[str, Callable[[Builder, Key], tuple[Value, ...]]] = {
     "fused": fused,
     "fused_fp8": fused_fp8,
     "grouped": grouped,
+    "route": route,
     "begin": begin,
     "end": end,
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moec.errors import BadInput
+from moec.ir.ops.route import SCORES
 
 E4M3 = torch.float8_e4m3fn
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -123,6 +124,47 @@ def check_routing(
         "[T, k]",
         *dict.fromkeys((torch.float32, dtype or x.dtype)),
     )
+
+
+def check_router(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    score: str,
+    groups: int,
+    topk_groups: int,
+    group_score: str,
+    masked: str,
+    renorm: bool,
+    scale: float,
+) -> None:
+    """logits [T, E], bias [E], and a router that is defined for E experts. Raises BadInput."""
+    want("logits", logits, (None, None), "[T, E]", *FLOATS)
+    experts = logits.shape[1]
+    if bias is not None:
+        want("bias", bias, (experts,), "[E]", *dict.fromkeys((torch.float32, logits.dtype)))
+    for name, word, words in (
+        ("score", score, SCORES),
+        ("group_score", group_score, ("max", "top2sum")),
+        ("masked", masked, ("zero", "neginf")),
+    ):
+        if word not in words:
+            raise BadInput(f"{name} is {word!r}; it must be one of {', '.join(words)}")
+    if not 0 < k <= experts:
+        raise BadInput(
+            f"k is {k}; it must be 1 to {experts}, the number of experts: logits is {describe(logits)}"
+        )
+    if groups < 1 or experts % groups:
+        raise BadInput(f"groups is {groups}; {experts} experts can't be parted into so many equal groups")
+    if not 0 < topk_groups <= groups:
+        raise BadInput(f"topk_groups is {topk_groups}; it must be 1 to {groups}, the number of groups")
+    size = experts // groups
+    if groups > 1 and size < 2 and group_score == "top2sum":
+        raise BadInput(f"group_score is top2sum, but {groups} groups of {experts} experts have one each")
+    if groups > 1 and masked == "neginf" and k > size * topk_groups:
+        raise BadInput(f"k is {k}, but {topk_groups} groups of {size} experts allow {size * topk_groups}")
+    if not math.isfinite(scale):
+        raise BadInput(f"scale is {scale}; it must be a finite number")
 
 
 def check_activation(activation: str, limit: float | None) -> None:

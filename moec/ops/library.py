@@ -1,6 +1,6 @@
 """Registration with PyTorch: schemas, implementations, fakes, and what a backward pass says.
 
-Beside the two public operators there are the halves of ``fused_experts``, for integrations that apply an
+Beside the public operators there are the halves of ``fused_experts``, for integrations that apply an
 activation of their own between them: ``experts_begin`` and ``experts_end``.
 """
 
@@ -25,6 +25,10 @@ _INVARIANT = "bool batch_invariant"
 _FUSED = f"Tensor x, Tensor w13, Tensor w2, {_ROUTING}, Tensor? shared, {_ACTIVATION}, int first, {_SCALES}"
 _FUSED += f", {_INVARIANT}"
 _GROUPED = f"Tensor x_sorted, Tensor off, Tensor w13, Tensor w2, {_ACTIVATION}, {_INVARIANT}"
+_ROUTE = (
+    "Tensor logits, Tensor? bias, int k, str score, int groups, int topk_groups, "
+    "str group_score, str masked, bool renorm, float scale"
+)
 _BEGIN = f"Tensor x, Tensor w, {_ROUTING}"
 _END = "Tensor h, Tensor w2, Tensor topk_weights, Tensor slot, Tensor off, Tensor? plus"
 
@@ -250,6 +254,46 @@ def _end_fake(
     return h.new_empty(topk_weights.shape[0], w2.shape[1])
 
 
+# Choosing the experts.
+def _route(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    score: str,
+    groups: int,
+    topk_groups: int,
+    group_score: str,
+    masked: str,
+    renorm: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    _check_route(logits, bias, k, score, groups, topk_groups, group_score, masked, renorm, scale)
+    router = {"score": score, "renorm": renorm, "scale": scale}
+    if groups > 1:
+        router |= {"groups": groups, "topk_groups": topk_groups, "group_score": group_score, "masked": masked}
+    key = _key(
+        "route",
+        logits,
+        (logits.shape[1], 0, 0),
+        k=k,
+        plus=None if bias is None else bias.dtype,
+        router=tuple(router.items()),
+    )
+    w, id = _call(key, logits, bias)
+    return w, id
+
+
+def _check_route(logits: Tensor, bias: Tensor | None, *how: Any) -> None:
+    inputs.check_router(logits, bias, *how)
+    inputs.check_devices(logits=logits, bias=bias)
+
+
+def _route_fake(logits: Tensor, bias: Tensor | None, k: int, *how: Any) -> tuple[Tensor, Tensor]:
+    _check_route(logits, bias, k, *how)
+    shape = logits.shape[0], k
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
 # What they share.
 def _result(x: Tensor) -> torch.dtype:
     """x's dtype; what is quantised already gives bfloat16."""
@@ -277,6 +321,7 @@ def _call(key: Key, *arguments: Tensor | None) -> Any:
 
 _register("fused_experts", f"({_FUSED}) -> Tensor", _fused, _fused_fake)
 _register("grouped_experts", f"({_GROUPED}) -> Tensor", _grouped, _grouped_fake)
+_register("route", f"({_ROUTE}) -> (Tensor, Tensor)", _route, _route_fake)
 _register("experts_begin", f"({_BEGIN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _begin, _begin_fake)
 _register("experts_end", f"({_END}) -> Tensor", _end, _end_fake)
 _register_out("fused_experts", _FUSED, _fused, _fused_fake)
