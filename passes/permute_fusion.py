@@ -29,6 +29,13 @@ With ``route_sort=true`` the router's choice and the sort by expert become one o
 
     %w, %id, %slot, %off = route_sort(%logits) {k=8, score=sigmoid}
 
+and always so with a choice among the experts that are here, and the sort behind it::
+
+    %kept, %local = local_experts(%w, %id) {experts=64, first=128}
+    %slot, %off = sort_by_expert(%local) {experts=64}
+
+    %kept, %local, %slot, %off = local_sort(%w, %id) {experts=64, first=128}
+
 Below f32 the activation is taken of the product in fp32, which was rounded before, and so is what is
 quantised: results come nearer to the exact ones. All else is right bit for bit."""
 
@@ -69,6 +76,11 @@ def tiles_of_rows(m: Match) -> str:
     return "" if block[1] else "a row's scale is known after its last column"
 
 
+def local_experts(m: Match) -> str:
+    here, sorted = m["local"].attrs["experts"], m.root.attrs["experts"]
+    return "" if here == sorted else f"{here} experts are here, {sorted} are sorted"
+
+
 def every_expert(m: Match) -> str:
     scored, shared = m["route"].logits.type.shape[1], m["route"].attrs["shared"]
     sorted = m.root.attrs["experts"]
@@ -84,6 +96,15 @@ def route_sort(m: Match) -> Sequence[Value]:
     out = [r.name for r in (*route.results, *m.root.results)]
     w, id, slot, off = m.create("route_sort", *route.operands, out=out, loc=route.loc, **route.attrs)
     m.also(route, w, id)
+    return slot, off
+
+
+def local_sort(m: Match) -> Sequence[Value]:
+    """The slots in order; whoever uses the kept weights and numbers has those of the new op."""
+    local = m["local"]
+    out = [r.name for r in (*local.results, *m.root.results)]
+    kept, id, slot, off = m.create("local_sort", *local.operands, out=out, loc=local.loc, **local.attrs)
+    m.also(local, kept, id)
     return slot, off
 
 
@@ -158,6 +179,14 @@ ALONE: Rules = {
         combine,
     ),  # combine(grouped_linear(rows), slot) -> combine(grouped_linear(rows, .., slot), _)
 }
+LOCAL: Rules = {
+    "local-sort": (
+        P.sort_by_expert(
+            P.local_experts(..., first=ANY, experts=ANY).named("local").out(1), experts=ANY
+        ).where(local_experts),
+        local_sort,
+    ),  # w, id = local_experts(..); sort_by_expert(id) -> w, id, slot, off = local_sort(..)
+}
 ROUTING: Rules = {
     "route-sort": (
         P.sort_by_expert(
@@ -192,6 +221,7 @@ class PermuteFusion(Pass):
         changed = self.apply(module, WITH_SWIGLU)
         changed = self.apply(module, ALONE) or changed
         changed = self.apply(module, QUANT) or changed
+        changed = self.apply(module, LOCAL) or changed
         if self.options.route_sort:
             changed = self.apply(module, ROUTING) or changed
         return changed

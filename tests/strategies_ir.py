@@ -539,10 +539,10 @@ def _sorted(g: Graph) -> tuple[tuple[Value, Value], Value, int, int]:
     return g.op("sort_by_expert", id, experts=experts), w, experts, k
 
 
-@draws("local_experts")
-def _local_experts(g: Graph) -> Any:
+@draws("local_experts", "local_sort")
+def _local_experts(g: Graph, name: str) -> Any:
     w, id, routed, _ = _choice(g)
-    return g.op("local_experts", w, id, first=g.draw(st.integers(0, routed)), experts=g.draw(small))
+    return g.op(name, w, id, first=g.draw(st.integers(0, routed)), experts=g.draw(small))
 
 
 @draws("gather_rows")

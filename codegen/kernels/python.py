@@ -142,6 +142,7 @@ register(
     _kernel("route", _route),
     _kernel("route_sort", _route),
     _kernel("local_experts"),
+    _kernel("local_sort"),
     _kernel("sort_by_expert"),
     _kernel("scatter_add"),
     _kernel("combine", _combine),

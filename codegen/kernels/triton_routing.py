@@ -26,16 +26,21 @@ MOST_SCORED = 1024
 def _sort(op: Op, device: GPU) -> dict[str, Any]:
     experts = op.attrs["experts"]
     # One bin an expert, one for ids that are none; a power of two, as Triton's ranges are.
+    *w, id = op.operands
     return {
         "experts": experts,
+        "first": op.attrs.get("first", 0),
+        "keep": bool(w),
         "bins": 1 << experts.bit_length(),
-        "id_type": pointer(tensor(op.operands[0]).dtype),
+        "w_type": pointer(tensor(w[0]).dtype) if w else None,
+        "id_type": pointer(tensor(id).dtype),
     }
 
 
 def _sort_reasons(op: Op) -> list[str]:
-    experts = op.attrs["experts"]
-    return [f"{experts} experts, more than {MOST_EXPERTS}"] if experts > MOST_EXPERTS else []
+    experts, (*w, _) = op.attrs["experts"], op.operands
+    found = not_float(*(tensor(v) for v in w))
+    return found + ([f"{experts} experts, more than {MOST_EXPERTS}"] if experts > MOST_EXPERTS else [])
 
 
 def _route(op: Op, device: GPU) -> dict[str, Any]:
@@ -136,12 +141,11 @@ register(
         "route_sort", "triton/route_sort.py.jinja", _route, _route_reasons, ("triton/expert_of.py.jinja",)
     ),
     TritonKernel("hash_route", "triton/hash_route.py.jinja", _hash_route, _hash_route_reasons),
-    TritonKernel(
-        "sort_by_expert",
-        "triton/sort_by_expert.py.jinja",
-        _sort,
-        _sort_reasons,
-        ("triton/expert_of.py.jinja",),
+    *(
+        TritonKernel(
+            op, "triton/sort_by_expert.py.jinja", _sort, _sort_reasons, ("triton/expert_of.py.jinja",)
+        )
+        for op in ("sort_by_expert", "local_sort")
     ),
     TritonKernel("combine", "triton/combine.py.jinja", _combine, _combine_reasons),
 )

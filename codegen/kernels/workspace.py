@@ -75,13 +75,13 @@ def _gathered(op: Op) -> Amount:
 
 def _sorted(op: Op) -> Amount:
     """Ids without strangers, sorted ids and their places in 64 bits; the experts' numbers."""
-    return bytes_as(_type(op, 0), 128) + Amount.of(4 * (op.attrs["experts"] + 1))
+    return bytes_as(_type(op, -1), 128) + Amount.of(4 * (op.attrs["experts"] + 1))
 
 
 def _counts(op: Op) -> Amount:
     """Each chunk's count of each bin."""
     bins = 32 << op.attrs["experts"].bit_length()  # in bits
-    return bytes_as(_type(op, 0), bins) * (1 / 1024) + Amount.of(bins // 8)
+    return bytes_as(_type(op, -1), bins) * (1 / 1024) + Amount.of(bins // 8)
 
 
 def _places(op: Op) -> Amount:
@@ -138,6 +138,7 @@ WORKSPACE: dict[str, Workspace] = {
     "torch.swiglu": _swiglu,
     "torch.route": times(0, 7 * 32),  # scores, and what is sorted by them
     "torch.sort_by_expert": _sorted,
+    "torch.local_sort": lambda op: wide_copies(op) + _sorted(op),
     "torch.cache_read": _read,
     "torch.paged_attention": _paged,
     "torch.latent_attention": _paged,
@@ -145,5 +146,6 @@ WORKSPACE: dict[str, Workspace] = {
     "torch.take_rows": nothing,
     "torch.merge_rows": nothing,
     "triton.sort_by_expert": _counts,
+    "triton.local_sort": _counts,
     "triton.combine": _places,
 }

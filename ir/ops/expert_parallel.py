@@ -6,7 +6,8 @@ import torch
 
 from moec.ir.attrs import INT
 from moec.ir.op import Op, attr, operand, result
-from moec.ir.types import TensorType
+from moec.ir.ops.moe import SortByExpert
+from moec.ir.types import TensorType, i32
 
 
 class LocalExperts(Op, name="local_experts"):
@@ -39,3 +40,26 @@ class LocalExperts(Op, name="local_experts"):
         kept, local = torch.zeros_like(w), torch.full_like(id, experts)
         kept[here], local[here] = w[here], id[here] - first
         return kept, local
+
+
+class LocalSort(LocalExperts, name="local_sort"):
+    """``local_experts``, and the kept choices' slots in the order of ``sort_by_expert``.
+
+    Expert e, numbered from 0, owns rows off[e]:off[e+1] of the sorted order; behind them come the slots of
+    choices that aren't here.
+    """
+
+    slot = result("[T·k] int32")
+    off = result("[experts + 1] int32")
+
+    def infer(self) -> tuple[TensorType, ...]:  # type: ignore[override]
+        kept, local = super().infer()
+        slot = TensorType(i32, (local.numel,), groups=self.experts)
+        return kept, local, slot, TensorType(i32, (self.experts + 1,))
+
+    @staticmethod
+    def reference(  # type: ignore[override]
+        w: torch.Tensor, id: torch.Tensor, *, first: int, experts: int
+    ) -> tuple[torch.Tensor, ...]:
+        kept, local = LocalExperts.reference(w, id, first=first, experts=experts)
+        return kept, local, *SortByExpert.reference(local, experts=experts)

@@ -25,6 +25,7 @@ from tests.codegen.triton_kernels import (
     hash_route_op,
     linear_op,
     load,
+    local_sort_op,
     norm_op,
     quant_op,
     record,
@@ -44,6 +45,7 @@ V3 = {
     "route": lambda dtype: route_op("route", 256, 8, "f32", True, **V3_ROUTER),
     "route_sort": lambda dtype: route_op("route_sort", 256, 8, "f32", True, shared=1, **V3_ROUTER),
     "sort_by_expert": lambda dtype: sort_op(8, 256),
+    "local_sort": lambda dtype: local_sort_op(8, 64, 128, dtype),
     "gather_grouped_linear": lambda dtype: grouped_op(
         dtype, 256, 2048, 7168, gather=True, per_row=8, act="silu"
     ),
@@ -260,6 +262,7 @@ def test_quant_on_hopper(tmp_path: Path) -> None:
 
 def test_sort_and_combine_on_hopper(tmp_path: Path) -> None:
     cubins = dict(compiled(V3["sort_by_expert"]("bf16"), None, tmp_path))
+    cubins |= dict(compiled(V3["local_sort"]("bf16"), None, tmp_path))
     cubins |= dict(compiled(V3["combine"]("bf16"), None, tmp_path))
     cubins |= dict(compiled(V3["route_sort"]("bf16"), None, tmp_path))
     cubins |= dict(compiled(route_op("route", 512, 16, "bf16", score="softmax"), None, tmp_path))

@@ -14,11 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.codegen.schedules import Schedule
+from moec.ir.ops.expert_parallel import LocalSort
 from moec.ir.ops.moe import SortByExpert
 from moec.ir.ops.route import SCORES
 from moec.ir.types import DTYPES
 from tests.codegen.interpreted import FOLDER, call, close, folder, normal, poisoned, routings
-from tests.codegen.triton_kernels import combine_op, grouped_op, hash_route_op, route_op, sort_op, source
+from tests.codegen.triton_kernels import (
+    combine_op,
+    grouped_op,
+    hash_route_op,
+    local_sort_op,
+    route_op,
+    sort_op,
+    source,
+)
 
 __all__ = ["folder", "poisoned"]  # fixtures, which pytest finds by name
 
@@ -135,6 +144,28 @@ def test_sort_by_expert(routing: Any) -> None:
     slot, off = call(op, source(op), FOLDER["kernels"], ids)
     expected_slot, expected_off = SortByExpert.reference(ids, experts=experts)
     assert torch.equal(slot, expected_slot) and torch.equal(off, expected_off)
+
+
+@given(routings(most_tokens=400), st.integers(0, 3), st.sampled_from([torch.int32, torch.int64]))
+def test_local_sort(routing: Any, first: int, ids_dtype: torch.dtype) -> None:
+    """Choices that aren't here weigh nothing, even NaN."""
+    experts, k, ids = routing
+    w = normal(3, *ids.shape, dtype=torch.float32)
+    w[(ids < first) | (ids >= first + experts)] = torch.nan
+    op = local_sort_op(k, experts, first, ids=str(ids_dtype).replace("torch.int", "i"))
+    found = call(op, source(op), FOLDER["kernels"], w, ids.to(ids_dtype))
+    expected = LocalSort.reference(w, ids.to(ids_dtype), first=first, experts=experts)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+
+
+def test_local_sort_of_many_slots() -> None:
+    generator = torch.Generator().manual_seed(10)
+    ids = torch.randint(-2, 40, (2741, 6), generator=generator, dtype=torch.int32)
+    w = torch.rand(ids.shape, generator=generator).to(torch.bfloat16)
+    op = local_sort_op(6, 20, 10, "bf16")
+    found = call(op, source(op), FOLDER["kernels"], w, ids)
+    expected = LocalSort.reference(w, ids, first=10, experts=20)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("low, high, experts", [(-1, 8, 7), (0, 2, 300)])

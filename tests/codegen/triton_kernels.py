@@ -109,6 +109,12 @@ def sort_op(k: int, experts: int) -> Op:
     return op([f"%id: i32[T,{k}]"], text, f"i32[{k}*T~{experts}], i32[{experts + 1}]")
 
 
+def local_sort_op(k: int, experts: int, first: int, dtype: str = "f32", ids: str = "i32") -> Op:
+    args, text = [f"%w: {dtype}[T,{k}]", f"%id: {ids}[T,{k}]"], f"{{experts={experts}, first={first}}}"
+    type = f"{dtype}[T,{k}], {ids}[T,{k}], i32[{k}*T~{experts}], i32[{experts + 1}]"
+    return op(args, f"local_sort(%w, %id) {text}", type)
+
+
 def route_op(name: str, experts: int, k: int, dtype: str = "f32", bias: bool = False, **attrs: Any) -> Op:
     """``route`` or ``route_sort`` of logits and a bias of these."""
     shared = attrs.get("shared", 0)

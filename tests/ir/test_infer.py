@@ -88,6 +88,11 @@ GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
         {"first": 64, "experts": 64},
         "f32[N,8], i32[N,8]",
     ),
+    "local_sort": (
+        ["f32[N,8]", "i32[N,8]"],
+        {"first": 64, "experts": 64},
+        "f32[N,8], i32[N,8], i32[8*N~64], i32[65]",
+    ),
     "merge_rows": (["bf16[M,4]", "i32[M]", "bf16[N-M,4]", "i32[N-M]"], {}, "bf16[N,4]"),
     "mul": (["bf16[1,4]", "bf16[N,1]"], {}, "bf16[N,4]"),
     "norm_rope": (
@@ -381,6 +386,8 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("local_experts", {0: "f32[N]"}, "%w is f32[N], not of rank 2"),
     ("local_experts", {"experts": 0}, "experts is 0 and first 64"),
     ("local_experts", {"first": -1}, "experts is 64 and first -1"),
+    ("local_sort", {1: "f32[N,8]"}, "%id is f32[N,8], not integers"),
+    ("local_sort", {"experts": 0}, "experts is 0 and first 64"),
     ("merge_rows", {2: "f32[N-M,4]"}, "the dtype is bf16 in %a but f32 in %b"),
     ("merge_rows", {2: "bf16[N-M,5]"}, "a row is bf16[4] in %a but bf16[5] in %b"),
     ("merge_rows", {1: "i32[N]"}, "M is M in %a but N in %a_rows"),

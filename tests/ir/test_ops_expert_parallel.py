@@ -1,4 +1,4 @@
-"""local_experts against a loop over the choices."""
+"""local_experts and local_sort against a loop over the choices."""
 
 from __future__ import annotations
 
@@ -23,3 +23,17 @@ def test_each_choice_is_kept_or_left_out(choices: list[tuple[int, float]], first
     expected = [(w, i - first) if first <= i < first + experts else (0.0, experts) for i, w in choices]
     assert local.flatten().tolist() == [i for _, i in expected]
     torch.testing.assert_close(kept.flatten(), torch.tensor([w for w, _ in expected]), equal_nan=True)
+
+
+@given(st.lists(CHOICE, max_size=12), st.integers(0, 4), st.integers(1, 5))
+def test_those_kept_are_sorted(choices: list[tuple[int, float]], first: int, experts: int) -> None:
+    id = ints(*(i for i, _ in choices)).view(-1, 1)
+    w = torch.ones(id.shape)
+    kept, local, slot, off = reference("local_sort", w, id, first=first, experts=experts)
+    by_expert = [[s for s, (i, _) in enumerate(choices) if i == first + e] for e in range(experts)]
+    order = [s for each in by_expert for s in each]
+    others = [s for s in range(len(choices)) if s not in order]
+    assert slot.tolist() == order + others
+    assert off.tolist() == [sum(map(len, by_expert[:e])) for e in range(experts + 1)]
+    assert kept.flatten().tolist() == [float(s in order) for s in range(len(choices))]
+    assert (local.flatten()[others] == experts).all()
