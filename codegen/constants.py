@@ -15,6 +15,7 @@ class Constants:
 
     latency       s, from asking DRAM under load to having the bytes
     prologue      s, a program's search for its tile, its first loads and its last stores
+    stores        s of it that a persistent program takes for each tile: other loads are on their way by then
     sm_bandwidth  bytes/s that one SM can take in: about 64 a cycle
     triton        of the matrix unit's throughput, what a pipelined loop sustains
     shows         of the work that runs beside the slowest part, what shows nevertheless
@@ -22,6 +23,7 @@ class Constants:
 
     latency: float = 1e-6
     prologue: float = 2e-6
+    stores: float = 0.5e-6
     sm_bandwidth: float = 100e9
     triton: float = 0.75
     shows: float = 0.1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -46,6 +46,11 @@ class Schedule:
         return f"{self.form}{self.tile}"
 
     @property
+    def function(self) -> str:
+        """Schedules of equal ones are variants of one Triton function."""
+        return self.form + "_persistent" * self.persistent
+
+    @property
     def text(self) -> str:
         """As the IR writes it: ``rows 128x128x64 w8 s3``, with ``split4`` and ``persistent`` behind it."""
         tile = f"{self.form} {self.block_m}x{self.block_n}x{self.block_k} w{self.warps} s{self.stages}"
@@ -62,7 +67,8 @@ class Problem:
     """A grouped product: R rows times w[e]ᵀ, [columns, depth] an expert; two such where SwiGLU follows.
 
     ``dtype`` is the IR's short name, ``itemsize`` its bytes; fp8 comes with scales, and leaves as 16 bits or,
-    where it's ``quantised``, as fp8. ``gathered``: rows are read by index.
+    where it's ``quantised``, as fp8. ``gathered``: rows are read by index. ``column_scales``: in each step
+    along K the columns of a tile have scales of their own.
     """
 
     experts: int
@@ -73,6 +79,7 @@ class Problem:
     matrices: int = 1
     gathered: bool = False
     quantised: bool = False
+    column_scales: bool = False
 
     @property
     def text(self) -> str:
@@ -96,6 +103,11 @@ class Problem:
         result = 2 if self.fp8 and not self.quantised else self.itemsize
         return self.depth * self.itemsize + self.columns * result
 
+    @property
+    def most_result_bytes(self) -> int:
+        """Of one value of the result: what isn't quantised, of fp8, may be kept in fp32."""
+        return 4 if self.fp8 and not self.quantised else self.itemsize
+
     def descriptors(self, device: GPU) -> bool:
         """Whether the weights are read by tensor descriptor."""
         return device.tma and self.whole_rows
@@ -106,7 +118,9 @@ class Problem:
         mma.sync takes its operands from registers, so that of fp8's stages one needs no room.
         """
         stages = s.stages - (self.fp8 and not device.warpgroup_mma)
-        return stages * self.stage_bytes(s) + SMEM_EXTRA
+        # A persistent program's next loads fill the pipeline while the last tile is laid out for its stores.
+        laid_out = s.block_m * s.block_n * self.most_result_bytes if s.persistent else 0
+        return stages * self.stage_bytes(s) + laid_out + SMEM_EXTRA
 
     def stage_bytes(self, s: Schedule) -> int:
         rows = s.block_m + self.matrices * s.block_n
@@ -136,6 +150,7 @@ def space(problem: Problem, device: GPU) -> list[Schedule]:
         candidates = _warpgroup()
     else:
         candidates = _warp_mma()
+    candidates += [replace(s, persistent=True) for s in candidates if s.form == "rows"]
     return [s for s in candidates if not reasons_against(s, problem, device)]
 
 
@@ -146,6 +161,8 @@ def reasons_against(s: Schedule, problem: Problem, device: GPU) -> list[str]:
         reasons.append(f"{smem} bytes of shared memory, {device.name} has {device.smem_per_block} a block")
     if (sums := problem.sums(s)) > (most := _most_sums(s, problem, device)):
         reasons.append(f"{sums} sums a thread, more than {most} spill registers")
+    if s.persistent:
+        reasons += _reasons_against_persistence(s, problem, device)
     if problem.quantised and s.block_n != 128:
         reasons.append("the result's scales are of 128 columns: a tile needs just as many")
     if not problem.fp8 and not problem.whole_rows and max(s.block_m, s.block_n) > 64:
@@ -157,6 +174,23 @@ def reasons_against(s: Schedule, problem: Problem, device: GPU) -> list[str]:
             reasons.append("fewer than 64 rows on the matrix unit's M side: the slow path")
     elif s.form == "swapped":
         reasons.append("swapping gains nothing here: 16 rows are enough for the M side")
+    return reasons
+
+
+def _reasons_against_persistence(s: Schedule, problem: Problem, device: GPU) -> list[str]:
+    """What persistence gains, loads under way while a tile is stored, small tiles have from their neighbours.
+
+    It keeps two tiles' addresses in registers; masks of tails, or scales of columns, don't fit beside them.
+    """
+    reasons = []
+    if s.form != "rows" or s.split > 1 or s.block_n < 128:
+        reasons.append("programs persist in the form rows, with tiles of 128 columns or more, and K in one")
+    if not device.warpgroup_mma or problem.itemsize == 4:
+        reasons.append("programs persist where the matrix unit takes 64 rows at once")
+    if not problem.whole_rows or problem.depth % s.block_k or problem.columns % s.block_n:
+        reasons.append(f"programs persist where {s.block_k} divides K and {s.block_n} the columns")
+    if problem.column_scales:
+        reasons.append("programs persist where a tile's columns share their scales, or have one for all of K")
     return reasons
 
 
@@ -260,7 +294,7 @@ def _bound(text: str | None) -> float:
 def _why_not(s: Schedule, allowed: list[Schedule], problem: Problem, device: GPU) -> str:
     if reasons := reasons_against(s, problem, device):
         return "; ".join(reasons)
-    near = sorted(allowed, key=lambda a: (a.form != s.form, a.warps != s.warps, _distance(a, s)))[:3]
+    near = sorted(allowed, key=lambda a: (a.function != s.function, a.warps != s.warps, _distance(a, s)))[:3]
     return f"it is in no list of those that compile well; near it are {', '.join(n.text for n in near)}"
 
 

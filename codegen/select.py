@@ -63,7 +63,7 @@ def terms(
     and the products (padding included) add to that. They run side by side: the slowest counts, and a little
     of the others.
     ``last wave``: SMs that idle in it. ``prologue``: starting and ending programs, as far as no other program
-    of the SM covers it. ``launch``.
+    of the SM covers it; persistent ones start once. ``launch``.
     """
     size, matrices, depth = problem.itemsize, problem.matrices, problem.depth
     active = problem.experts * -math.expm1(-rows)  # experts with rows
@@ -98,8 +98,10 @@ def terms(
         "activations": activations,
         **{term: added[term] for term in beside},
         # Half of it: programs of one wave don't end together, so the last one has begun when the others end.
-        "last wave": 0.5 * body * idle,
-        "prologue": constants.prologue * (1 + (waves - 1) / programs),
+        # Persistent programs share tiles out before they know that.
+        "last wave": (1.0 if schedule.persistent else 0.5) * body * idle,
+        "prologue": constants.prologue
+        + (constants.stores if schedule.persistent else constants.prologue) * (waves - 1) / programs,
         "launch": device.launch_s,
     }
 
@@ -115,6 +117,22 @@ def programs_per_sm(schedule: Schedule, problem: Problem, device: GPU) -> int:
             device.threads_per_sm // threads,
         ),
     )
+
+
+def band(schedule: Schedule, problem: Problem, device: GPU) -> int:
+    """Row tiles of a band: an expert's tiles go through all its columns band by band.
+
+    Programs that run at once work on neighbouring tiles. As long as a band's rows of x stay in L2, each band
+    reads them once and the expert's weights once, so the higher the better: up to half of L2, for weights,
+    results and the next band pass through it too. Where K is so long that few row tiles fit, L2 holds no more
+    than what programs read together, step by step along K: then a wave reads least whose tiles are about
+    square in bytes, h of rows by programs / h of columns. A band of half that, if it stays, reads no more.
+    """
+    row_tile = schedule.block_m * problem.depth * problem.itemsize
+    staying = device.l2_bytes // 2 // row_tile
+    wave = device.sms * programs_per_sm(schedule, problem, device)
+    square = round(math.sqrt(wave * problem.matrices * schedule.block_n / schedule.block_m))
+    return staying if staying > square // 2 else max(1, square)
 
 
 def issue_rate(schedule: Schedule, problem: Problem, device: GPU) -> float:

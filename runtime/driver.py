@@ -68,6 +68,22 @@ def load(
     return Loaded(label, kernel, 32 * warps, shared, device, cooperative)
 
 
+@lru_cache(maxsize=4096)
+def at_once(loaded: Loaded) -> int:
+    """How many of a kernel's blocks its device holds at once. Raises LaunchFailed."""
+    from cuda.bindings import driver
+
+    try:
+        function = driver.CUfunction(int(loaded.kernel.handle))
+        with torch.cuda.device(loaded.device):
+            blocks = _call(
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor, function, loaded.threads, loaded.shared
+            )
+    except Exception as error:
+        raise LaunchFailed(f"{loaded.label}: {error}") from error
+    return max(1, blocks) * multiprocessors(loaded.device)
+
+
 def launch(loaded: Loaded, grid: tuple[int, int, int], parameters: Sequence[Any]) -> None:
     """Enqueues a kernel on torch's current stream of its device. Raises LaunchFailed where the driver
     refuses it.

@@ -84,6 +84,9 @@ from moec.runtime.devices import family
 from moec.runtime.triton_mode import language, require_interpreter, triton_module
 
 UNALIGNED = "unaligned"
+# Programs that the interpreter is taken to hold at once: few, so that each of a persistent kernel's takes
+# many tiles.
+INTERPRETED_AT_ONCE = 3
 Grid = Sequence[int]
 
 
@@ -183,6 +186,16 @@ class Launchable:
         if (variant, device) not in self._loaded:
             self._loaded[variant, device] = _load(self, variant, device)
         return self._loaded[variant, device]
+
+    def at_once(self, variant: str, device: torch.device) -> int:
+        """How many programs of a variant the device holds at once: the grid of a persistent kernel.
+
+        The driver knows, without synchronising. Raises as ``load`` does.
+        """
+        if device.type == "cpu":
+            return INTERPRETED_AT_ONCE
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return driver.at_once(self.load(variant, index).loaded)
 
     def preload(self, device: int) -> None:
         """Loads every variant. Raises as ``load`` does."""

@@ -19,6 +19,7 @@ from moec.codegen.kernels.triton import (
 )
 from moec.codegen.kernels.triton_scales import QUANT_BLOCK, Scales, reasons_against_scales, scales
 from moec.codegen.schedules import Problem, Schedule, parse_ladder, print_ladder
+from moec.codegen.select import band
 from moec.errors import BadSchedule
 from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op
@@ -39,6 +40,7 @@ class Flags:
     swiglu: bool
     act: str
     scatter: bool  # rows are stored by slot
+    persistent: bool
     x_descriptor: bool
     w_descriptor: bool
     k_tail: bool
@@ -56,6 +58,7 @@ class FormOfKernel:
     flags: Flags
     signature_lines: list[str]
     schedules: tuple[Schedule, ...]
+    bands: dict[Schedule, int]  # the height of each one's
 
 
 def problem(op: Op) -> Problem:
@@ -63,6 +66,7 @@ def problem(op: Op) -> Problem:
     w = tensor(op.operands[1])
     experts, rows, depth = w.shape if w.rank == 3 else (1, *w.shape)
     matrices = 2 if op.attrs.get("epilogue") == "swiglu" else 1
+    by = scales(tensor(op.operands[0]), w, matrices == 2, "", QUANT_BLOCK[1])
     return Problem(
         experts=experts,
         columns=rows // matrices,
@@ -72,6 +76,7 @@ def problem(op: Op) -> Problem:
         matrices=matrices,
         gathered=op.name == "gather_grouped_linear",
         quantised=op.attrs.get("quant") is not None,
+        column_scales=by is not None and by.w_steps and not by.w_uniform,
     )
 
 
@@ -131,15 +136,15 @@ def constants_of(op: Op, device: GPU, rungs: list[tuple[float, Schedule]]) -> di
     """The template's constants for a ladder of schedules: (rows an expert below which, schedule)."""
     schedules = sorted({s for _, s in rungs}, key=str)
     forms = [
-        _form(op, device, form, tuple(s for s in schedules if s.form == form))
-        for form in dict.fromkeys(s.form for s in schedules)
+        _form(op, device, name, tuple(s for s in schedules if s.function == name))
+        for name in dict.fromkeys(s.function for s in schedules)
     ]
     shown = [(f"{below:g}" if below != float("inf") else 'float("inf")', s) for below, s in rungs]
     return {"t": forms[0].flags, "forms": forms, "ladder": shown, "device": device}
 
 
-def _form(op: Op, device: GPU, form: str, schedules: tuple[Schedule, ...]) -> FormOfKernel:
-    p = problem(op)
+def _form(op: Op, device: GPU, name: str, schedules: tuple[Schedule, ...]) -> FormOfKernel:
+    p, form = problem(op), schedules[0].form
     dense, gather = op.name == "linear", p.gathered
     x, w, y = tensor(op.operands[0]), tensor(op.operands[1]), tensor(op.results[0])
     slot = None if dense else op.operands[2 if gather else 3]
@@ -154,6 +159,7 @@ def _form(op: Op, device: GPU, form: str, schedules: tuple[Schedule, ...]) -> Fo
         swiglu=p.matrices == 2,
         act=op.attrs.get("act", ""),
         scatter=not gather and slot is not None,
+        persistent=schedules[0].persistent,
         # Rows that lie side by side come as whole tiles too. Few rows gain nothing, and a descriptor of a
         # tensor that is new in every step is work for the host.
         x_descriptor=not gather and form == "rows" and p.descriptors(device),
@@ -179,7 +185,8 @@ def _form(op: Op, device: GPU, form: str, schedules: tuple[Schedule, ...]) -> Fo
     if flags.quant:
         signature["y_scale"] = "*fp32"
     signature["R"] = "i32"
-    return FormOfKernel(form, flags, signature_lines(signature), schedules)
+    bands = {s: band(s, p, device) for s in schedules}
+    return FormOfKernel(name, flags, signature_lines(signature), schedules, bands)
 
 
 def dense_reasons(op: Op) -> list[str]:

@@ -39,6 +39,10 @@ Result cuKernelSetAttribute(int attribute, int value, void *kernel, int device) 
     SAY("attribute %d=%d\n", attribute, value);
     return kernel != KERNEL;
 }
+Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *kernel, int threads, size_t shared) {
+    SAY("occupancy of %d threads shared %zu\n", threads, shared);
+    return *blocks = 2, kernel != KERNEL;
+}
 Result cuKernelGetFunction(void **function, void *kernel) { return *function = (void *)0x4444, kernel != KERNEL; }
 
 /* SIZES, comma-separated, are the parameters' bytes; a tensor map shows its first 8. */

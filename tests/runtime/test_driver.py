@@ -24,7 +24,7 @@ pytestmark = [
 
 # Launches the kernel in the package folder argv[1] on tensors at addresses that count as a GPU's.
 SCRIPT = """
-import contextlib, json, sys
+import contextlib, json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -48,6 +48,9 @@ try:
     loaded = driver.load("k v", cubin, about["symbol"], about["warps"], about["shared"], 0, together)
     packed = arguments.pack(args, about["descriptors"], about["flags"])
     driver.launch(loaded, (3, 2, 1), [*packed, np.uint64(0), np.uint64(0)])
+    if "AT_ONCE" in os.environ:
+        torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+        print(driver.at_once(loaded), driver.at_once(loaded))
 except driver.LaunchFailed as error:
     print(error)
 sys.stdout.flush()
@@ -132,3 +135,11 @@ def test_a_cooperative_launch(built: dict[str, Cubin], libcuda: Path, tmp_path: 
 def test_a_refusal_names_the_kernel(built: dict[str, Cubin], libcuda: Path, tmp_path: Path) -> None:
     lines = record(built["copy sm_90a"], libcuda, tmp_path, stream=0, REFUSE="1")
     assert lines[2].startswith("error[M0808] k v: ") and "launch" not in "".join(lines[3:])
+
+
+def test_programs_at_once_are_asked_for_once(built: dict[str, Cubin], libcuda: Path, tmp_path: Path) -> None:
+    """As many blocks as the driver counts on each SM."""
+    cubin = built["product_tma sm_90a"]
+    *_, occupancy, answers, _ = record(cubin, libcuda, tmp_path, stream=0, AT_ONCE="1")
+    assert occupancy == f"occupancy of 128 threads shared {cubin.metadata['shared']}"
+    assert answers == "264 264"
