@@ -1,8 +1,9 @@
 """How fast are the experts of one MoE layer on a GPU, beside other people's and beside the device's roofs?
 
-From x and the router's choices to y: sort, both products, SwiGLU, combine. Every implementation gets the same
-weights and inputs. These are rotated, so that a call doesn't find in the cache what the one before it read; a
-rotation is recorded as one CUDA graph and replayed; times are medians over the replays.
+From x and the router's logits to y: choice, sort, both products, SwiGLU, combine; ``--from choices`` leaves
+the first out. Every implementation gets the same weights and inputs. These are rotated, so that a call
+doesn't find in the cache what the one before it read; a rotation is recorded as one CUDA graph and replayed;
+times are medians over the replays.
 
 In the same run every implementation is compared with double precision (one that is wrong is named and left
 out), and the roofs are measured: bandwidth of a copy, FLOP/s of cuBLAS. A layer's floor is the larger of what
@@ -21,12 +22,22 @@ import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu import goals, report
-from gpu.peers import ADAPTERS, FP8_ADAPTERS, Adapter, first_line, installed
+from gpu.peers import (
+    ADAPTERS,
+    FP8_ADAPTERS,
+    Adapter,
+    Experts,
+    Router,
+    first_line,
+    installed,
+    router_of,
+)
 from gpu.problem import DTYPES, TOLERANCE, Inputs, Weights, difference, draw_inputs, draw_weights
 from gpu.self_test import STAND_INS
 from gpu.shapes import QUICK_SHAPES, QUICK_TOKENS, SELF_TEST_SHAPES, SELF_TEST_TOKENS, SHAPES, TOKENS, Shape
@@ -48,6 +59,7 @@ class Run:
     roofs: Roofs
     cache: int
     adapters: dict[str, Adapter]
+    routed: bool  # from the router's logits on, else from its choices
 
     def shape(self, shape: Shape, tokens: list[int], result: dict[str, Any]) -> None:
         """Measures one shape at every number of tokens; ``result`` gains what was found."""
@@ -58,7 +70,7 @@ class Run:
                 about = {"shape": shape.name, "tokens": number, "implementation": name}
                 progress(f"{shape.name} M={number} {name}")
                 try:
-                    measured, error = self.one(adapter, shape, copies, given)
+                    measured, error = self.one(name, adapter, shape, copies, given)
                 except LeftOut as reason:
                     result["excluded"].append(about | {"reason": str(reason)})
                 else:
@@ -67,12 +79,13 @@ class Run:
 
     @torch.inference_mode()
     def one(
-        self, adapter: Adapter, shape: Shape, copies: list[Weights], given: list[Inputs]
+        self, name: str, adapter: Adapter, shape: Shape, copies: list[Weights], given: list[Inputs]
     ) -> tuple[Measured, float]:
         """Seconds of a call, and the largest error of the rotation's calls. Raises LeftOut."""
         try:
             experts = [adapter(weights, shape.top_k) for weights in copies]
-            calls = [lambda i=i: experts[i.copy](i.x, i.weights, i.ids) for i in given]
+            route = router_of(name, shape.top_k) if self.routed else None
+            calls = [partial(self.call, experts[i.copy], route, i) for i in given]
             error = max(
                 difference(call(), i, copies[i.copy]) for call, i in zip(calls[:2], given[:2], strict=True)
             )
@@ -85,6 +98,11 @@ class Run:
             raise
         except Exception as problem:  # a peer's own, of whatever kind: the others go on
             raise LeftOut(f"{type(problem).__name__}: {first_line(problem)}") from None
+
+    @staticmethod
+    def call(experts: Experts, route: Router | None, given: Inputs) -> torch.Tensor:
+        weights, ids = (given.weights, given.ids) if route is None else route(given.logits)
+        return experts(given.x, weights, ids)
 
     def derived(self, shape: Shape, tokens: int, measured: Measured, error: float) -> dict[str, Any]:
         flops, moved = shape.flops(tokens), shape.bytes(tokens, self.dtype.itemsize)
@@ -124,6 +142,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(ADAPTERS)}")
+    parser.add_argument(
+        "--from", dest="start", choices=["logits", "choices"], default="logits", help="where a call begins"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--out", type=Path, help="a folder for the JSON and the plot")
     args = parser.parse_args()
@@ -158,8 +179,9 @@ def main() -> None:
     clock = Clock(device, budget=0.002 if args.self_test else 0.05 if args.quick else 0.3)
     progress("roofs")
     found = roofs(clock, DTYPES[args.dtype])
-    run = Run(DTYPES[args.dtype], clock, found, cache_size(device), adapters)
+    run = Run(DTYPES[args.dtype], clock, found, cache_size(device), adapters, args.start == "logits")
     result = report.header(device, args.dtype) | {
+        "from": args.start,
         "roofs": asdict(found),
         "shapes": {shape.name: asdict(shape) for shape in args.shapes},
         "unavailable": unavailable,
@@ -167,7 +189,8 @@ def main() -> None:
         "excluded": [],
     }
     where = folders(args)
-    marks = [args.dtype] * (args.dtype != "bf16") + ["quick"] * args.quick
+    marks = [args.dtype] * (args.dtype != "bf16") + [args.start] * (args.start != "logits")
+    marks += ["quick"] * args.quick
     stem = report.file_stem(device, *marks)
     for shape in args.shapes:
         run.shape(shape, args.tokens, result)

@@ -18,6 +18,7 @@ from gpu.shapes import Shape
 from torch import Tensor
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> weights, ids
 Adapter = Callable[[Weights, int], Experts]  # weights, choices a token
 
 
@@ -140,6 +141,28 @@ def deep_gemm_fp8(given: Weights, top_k: int) -> Experts:
     return padded(given, top_k, product)
 
 
+def moec_router(top_k: int) -> Router:
+    from moec.ops import route
+
+    return lambda logits: route(logits, k=top_k, score="softmax", renorm=True)
+
+
+def torch_router(top_k: int) -> Router:
+    """As transformers' models choose."""
+
+    def run(logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = logits.softmax(-1).topk(top_k, dim=-1)
+        return weights / weights.sum(-1, keepdim=True), ids.to(torch.int32)
+
+    return run
+
+
+def vllm_router(top_k: int) -> Router:
+    """vLLM's own kernel, which wants the hidden states for their number and device alone."""
+    choose = import_module("vllm.model_executor.layers.fused_moe").fused_topk
+    return lambda logits: choose(logits, logits, top_k, True)[:2]
+
+
 def padded(given: Weights, top_k: int, product: Callable[..., Any], block: int = 128) -> Experts:
     """Around a ``product(a, w, out, each row's expert)`` whose experts begin at multiples of ``block``."""
     count, hidden, width = given.w2.shape
@@ -197,6 +220,16 @@ FP8_ADAPTERS: dict[str, Adapter] = {
     "SGLang": sglang_fp8,
     "DeepGEMM": deep_gemm_fp8,
 }
+
+ROUTERS: dict[str, Callable[[int], Router]] = {"vLLM": vllm_router}  # others choose as PyTorch does
+
+
+def router_of(name: str, top_k: int) -> Router:
+    """How an implementation, moec in any of its rows, chooses experts."""
+    if name.startswith("moec"):
+        return moec_router(top_k)
+    return ROUTERS.get(name, torch_router)(top_k)
+
 
 PEERS = ("transformers", "liger_kernel", "vllm", "sglang", "deep_gemm")  # by the name that is imported
 

@@ -40,6 +40,7 @@ class Inputs:
 
     copy: int
     x: Tensor
+    logits: Tensor  # [T, E] fp32: of a softmax router that renormalises, which gives these:
     weights: Tensor  # [T, k] fp32
     ids: Tensor  # [T, k] int32
 
@@ -91,10 +92,10 @@ def draw_inputs(
     made = []
     for number in range(count):
         x = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(floats)
-        scores = torch.rand(tokens, shape.experts, generator=generator, device=device)
+        scores = torch.rand(tokens, shape.experts, generator=generator, device=device).clamp_min(1e-6)
         top, ids = scores.topk(shape.top_k, dim=1)
         weights = top / top.sum(1, keepdim=True)
-        made.append(Inputs(number % copies, x, weights, ids.to(torch.int32)))
+        made.append(Inputs(number % copies, x, scores.log(), weights, ids.to(torch.int32)))
     return made
 
 

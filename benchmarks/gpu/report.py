@@ -76,7 +76,7 @@ def write(result: Result, folders: list[Path], stem: str) -> list[Path]:
 def table(result: Result) -> list[str]:
     """Of each shape and number of tokens: moec, the best peer, and how far moec is from the roof."""
     lines = [
-        f"{result['device']}, {result['dtype']}, {result['date']}",
+        f"{result['device']}, {result['dtype']}, {result['date']}, from the router's {result['from']} to y",
         f"roofs, measured: {result['roofs']['bandwidth'] / 1e12:.3f} TB/s of a copy, "
         f"{result['roofs']['flops'] / 1e12:.2f} TFLOP/s of a matrix product",
         "",

@@ -64,6 +64,7 @@ def test_the_wrong_and_the_failing_are_named_and_left_out(result: Any) -> None:
 def test_the_machine_is_described(result: Any) -> None:
     assert result["self_test"] and result["device"] and result["date"] and result["dtype"] == "bf16"
     assert {"moec", "torch", "python"} <= set(result["versions"])
+    assert result["from"] == "logits"
     assert result["roofs"]["bandwidth"] > 0 and result["roofs"]["flops"] > 0
 
 
