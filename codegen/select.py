@@ -38,6 +38,7 @@ class Choice:
         return sum(self.terms.values())
 
 
+@cache
 def row_tiles(rows: float, block: int) -> float:
     """Row tiles an expert has on average, E[⌈X / block⌉] for X ~ Poisson(rows): Σ_j P(X > j · block)."""
     if rows >= MANY:

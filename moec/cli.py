@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": ("verify", "Compare a package with the reference interpreter."),
     "run": ("run", "Continue a prompt."),
     "bench": ("bench", "Time prefill and decode of a package."),
+    "tune": ("tune", "Measure schedules of a package on this GPU."),
 }
 
 
