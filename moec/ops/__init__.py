@@ -20,7 +20,9 @@ Common to all:
   A row that is NaN stays in its own token.
 * The result depends on the inputs alone: a token's experts are added in the order of its choices, no atomics.
   With ``batch_invariant`` a token's result depends on that token alone, to the bit.
-* Nothing is read back from a GPU. The values of offsets are checked on the CPU only.
+* Nothing is read back from a GPU. Values are checked on the CPU only: offsets must rise, scales of experts
+  that are chosen be finite. On a GPU a scale that is NaN makes NaN of what it scales.
+* Experts in fp8 need a GPU that multiplies fp8 (sm_89 or newer), or the CPU, where products are emulated.
 * They are for inference. A backward pass through one raises NotDifferentiable.
 
 Errors are ``moec.MoecError``: BadInput (M0601) names the argument, and says what it is and should be.
@@ -118,17 +120,20 @@ def fused_experts(
     limit         gate is clamped to at most this and up to ± this before the activation (DeepSeek V4)
     expert_range  (first, end), or ``range(first, end)``: topk_ids number the experts of all ranks, w13 and w2
                   hold these; the result is this rank's part of the sum
-    w13_scale     float32, makes w13 float8_e4m3fn: a weight is its value times the scale of its block of
-                  128 x 128 [E, ceil(2·I/128), ceil(H/128)], its row [E, 2·I, 1] or its expert [E, 1, 1].
-                  Both products are of fp8 then: x and what lies between them get scales for blocks of 1 x 128
-    w2_scale      the same of w2
-    x_scale       [T, ceil(H/128)] float32: x is float8_e4m3fn already, and what has x's dtype is bfloat16
+    w13_scale     float32 or float8_e8m0fnu, makes w13 float8_e4m3fn: a weight is its value times the scale of
+                  its block of 128 x 128 [E, ceil(2·I/128), ceil(H/128)], its row [E, 2·I, 1], its half (gate
+                  or up) [E, 2, 1] or its expert [E, 1, 1]. Both products are of fp8 then: x and what lies
+                  between them get scales for blocks of 1 x 128
+    w2_scale      the same of w2, which has no halves
+    x_scale       float32: x is float8_e4m3fn already, and what has x's dtype is bfloat16. A scale is that of
+                  1 x 128 values [T, ceil(H/128)], of a row [T, 1] or of all [1]
     batch_invariant  each product has one schedule whatever T is: a token's bits depend on that token alone.
                   On the CPU, where products are PyTorch's, that can't be had: the first call warns
     out           [T, H] in x's dtype, receives the result and is returned; it may be x
 
-    Raises BadInput; DeviceUnavailable for a device that nothing is built for; InterpreterOff; on a GPU
-    Misaligned, for x, shared or weights that don't start at a multiple of 16 bytes.
+    Raises BadInput; DeviceUnavailable for a device that nothing is built for, or that multiplies no fp8 where
+    experts are fp8; InterpreterOff; on a GPU Misaligned, for x, shared or weights that don't start at a
+    multiple of 16 bytes.
     """
     first = _first_expert(expert_range, w13)
     scales = (w13_scale, w2_scale, x_scale)
@@ -150,6 +155,9 @@ def grouped_experts(
     *,
     activation: str = "swiglu",
     limit: float | None = None,
+    w13_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
     batch_invariant: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -160,12 +168,14 @@ def grouped_experts(
 
     x_sorted           [R, H]: rows sorted by expert
     off                [E+1] int32 (or int64): 0 = off[0] ≤ off[1] ≤ … ≤ off[E] ≤ R, checked on the CPU only
-    w13, w2            as for ``fused_experts``, like activation, limit and batch_invariant
+    w13, w2            as for ``fused_experts``, like activation, limit, all scales and batch_invariant;
+                       x_scale's are those of the rows of x_sorted
     out                [R, H] in x_sorted's dtype, receives the result and is returned; it may be x_sorted
 
     Raises as ``fused_experts`` does.
     """
-    arguments = (x_sorted, off, w13, w2, activation, limit, batch_invariant)
+    scales = (w13_scale, w2_scale, x_scale)
+    arguments = (x_sorted, off, w13, w2, activation, limit, *scales, batch_invariant)
     if out is None:
         result: Tensor = torch.ops.moec.grouped_experts(*arguments)
         return result

@@ -21,7 +21,7 @@ from moec.config import BuildOptions
 from moec.errors import DeviceUnavailable
 from moec.ir import Builder, DType, Function, Module, TensorType, Value
 from moec.ir.types import as_dim, f32, i32, symbol
-from moec.ops.inputs import ACTIVATIONS
+from moec.ops.inputs import ACTIVATIONS, E4M3
 from moec.runtime.devices import FAMILIES
 from moec.runtime.launch import preload
 from moec.runtime.package import Package
@@ -55,7 +55,7 @@ class Key:
     plus: torch.dtype | None = None
     first: int = 0
     blocks: tuple[tuple[int, int], ...] = ()  # of w13's and w2's scales, where they are fp8
-    scaled_x: bool = False
+    x_block: tuple[int, int] | None = None  # of x's scales, where it comes with such
     batch_invariant: bool = False
     router: tuple[tuple[str, Any], ...] = ()  # a route's attributes
 
@@ -182,15 +182,11 @@ def fused_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
     What enters a product is quantised as DeepSeek-V3 does it, 1 x 128.
     """
     floats = b.dtype
-    x = _argument(b, "x", "T", key.hidden, dtype=torch.float8_e4m3fn if key.scaled_x else None)
-    w13, w2 = _experts(b, key, torch.float8_e4m3fn)
+    x = _argument(b, "x", "T", key.hidden, dtype=E4M3 if key.x_block else None)
+    w13, w2 = _experts(b, key, E4M3)
     weights, ids = _routing(b, key)
     shared = _argument(b, "shared", "T", key.hidden, dtype=key.plus) if key.plus else None
-    w13, w2 = (
-        _scaled(b, w, name, block)
-        for w, name, block in zip((w13, w2), ("w13", "w2"), key.blocks, strict=True)
-    )
-    xq = _scaled(b, x, "x", ROWS) if key.scaled_x else b.quant(x, block=ROWS, out="x.q")
+    xq, w13, w2 = _all_scaled(b, key, x, w13, w2)
     here = {"first": key.first, "experts": key.experts}
     kept, local = b.local_experts(weights, ids, out=("kept", "local"), **here)
     slot, off = b.sort_by_expert(local, experts=key.experts, out=("slot", "off"))
@@ -211,6 +207,17 @@ def grouped(b: Builder, key: Key) -> tuple[Value, ...]:
     w13, w2 = _experts(b, key)
     gate_up = b.grouped_linear(x, w13, off, out="gate_up")
     return (b.grouped_linear(_activate(b, key, gate_up), w2, off, out="y"),)
+
+
+def grouped_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
+    """(x, off, w13, w2, w13_scale, w2_scale[, x_scale]) -> y: the same, quantised as in ``fused_fp8``."""
+    floats, rows = b.dtype, (symbol("R"), key.hidden)
+    x = b.function.add_argument("x", TensorType(_dtype(E4M3) if key.x_block else floats, rows, key.experts))
+    off = _argument(b, "off", key.experts + 1, dtype=key.integers)
+    xq, w13, w2 = _all_scaled(b, key, x, *_experts(b, key, E4M3))
+    gate_up = b.grouped_linear(xq, w13, off, to=floats, out="gate_up")
+    h = b.quant(_activate(b, key, gate_up), block=ROWS, out="h.q")
+    return (b.grouped_linear(h, w2, off, to=floats, out="y"),)
 
 
 def begin(b: Builder, key: Key) -> tuple[Value, ...]:
@@ -244,6 +251,7 @@ FORMS: dict[str, Callable[[Builder, Key], tuple[Value, ...]]] = {
     "fused": fused,
     "fused_fp8": fused_fp8,
     "grouped": grouped,
+    "grouped_fp8": grouped_fp8,
     "route": route,
     "begin": begin,
     "end": end,
@@ -273,6 +281,15 @@ def _activate(b: Builder, key: Key, gate_up: Value) -> Value:
 def _experts(b: Builder, key: Key, dtype: torch.dtype | None = None) -> tuple[Value, Value]:
     w13 = _argument(b, "w13", key.experts, key.width, key.hidden, dtype=dtype)
     return w13, _argument(b, "w2", key.experts, key.hidden, key.width // 2, dtype=dtype)
+
+
+def _all_scaled(b: Builder, key: Key, x: Value, w13: Value, w2: Value) -> tuple[Value, Value, Value]:
+    """x, w13 and w2 with their scales, which are the last arguments; x is quantised here if it has none."""
+    blocks = zip((w13, w2), ("w13", "w2"), key.blocks, strict=True)
+    w13, w2 = (_scaled(b, w, name, block) for w, name, block in blocks)
+    if key.x_block is None:
+        return b.quant(x, block=ROWS, out="x.q"), w13, w2
+    return _scaled(b, x, "x", key.x_block), w13, w2
 
 
 def _scaled(b: Builder, q: Value, name: str, block: tuple[int, int]) -> Value:

@@ -65,45 +65,6 @@ def check_experts(
     check_layout("w2", w2, contiguous)
 
 
-def check_scaled_experts(
-    x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    contiguous: bool,
-    w13_scale: Tensor | None,
-    w2_scale: Tensor | None,
-    x_scale: Tensor | None,
-) -> None:
-    """As ``check_experts``, of experts in e4m3, and all scales. Raises BadInput."""
-    floats = FLOATS if x_scale is None else [E4M3]
-    check_experts(x, w13, w2, contiguous, floats=floats, dtype=E4M3)
-    for name, w, scale in (("w13_scale", w13, w13_scale), ("w2_scale", w2, w2_scale)):
-        if scale is None:
-            raise BadInput(f"{name} is missing: {name.removesuffix('_scale')} is {describe(w)}")
-        scale_block(name, w, scale)
-    if x_scale is not None:
-        want("x_scale", x_scale, (x.shape[0], -(-x.shape[1] // 128)), "[T, ceil(H / 128)]", torch.float32)
-
-
-def scale_block(name: str, w: Tensor, scale: Tensor) -> tuple[int, int]:
-    """What of each of the matrices w [E, N, K] shares a scale, 0 being all: told by the scales' shape.
-
-    Raises BadInput for one that is none of blocks', rows' or matrices'.
-    """
-    experts, rows, columns = w.shape
-    shapes = {
-        (128, 128): (experts, -(-rows // 128), -(-columns // 128)),
-        (1, 0): (experts, rows, 1),
-        (0, 0): (experts, 1, 1),
-    }
-    for block, shape in shapes.items():
-        if tuple(scale.shape) == shape and scale.dtype == torch.float32:
-            return block
-    of = ("128 x 128 blocks", "rows", "whole experts")
-    known = ", ".join(f"{list(shape)} ({what})" for shape, what in zip(shapes.values(), of, strict=True))
-    raise BadInput(f"{name} must be float32, one of {known}, not {describe(scale)}")
-
-
 def check_layout(name: str, w: Tensor, contiguous: bool) -> None:
     """Raises BadInput for strides that kernels can't read: a copy at each call would hide its cost."""
     if contiguous and not w.is_contiguous():

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.errors import NotDifferentiable
+from moec.errors import DeviceUnavailable, NotDifferentiable
+from moec.ir.devices import GPUS
 from moec.ops import inputs
 from moec.ops.compiled import Key, function, options, target_of
+from moec.ops.scales import Scales, check_scaled_experts
 
 Op = Callable[..., Any]
 
@@ -24,7 +26,7 @@ _SCALES = "Tensor? w13_scale, Tensor? w2_scale, Tensor? x_scale"
 _INVARIANT = "bool batch_invariant"
 _FUSED = f"Tensor x, Tensor w13, Tensor w2, {_ROUTING}, Tensor? shared, {_ACTIVATION}, int first, {_SCALES}"
 _FUSED += f", {_INVARIANT}"
-_GROUPED = f"Tensor x_sorted, Tensor off, Tensor w13, Tensor w2, {_ACTIVATION}, {_INVARIANT}"
+_GROUPED = f"Tensor x_sorted, Tensor off, Tensor w13, Tensor w2, {_ACTIVATION}, {_SCALES}, {_INVARIANT}"
 _ROUTE = (
     "Tensor logits, Tensor? bias, int k, str score, int groups, int topk_groups, "
     "str group_score, str masked, bool renorm, float scale"
@@ -67,6 +69,18 @@ def _register_out(name: str, arguments: str, implementation: Op, fake: Op) -> No
 
 
 # Whole experts.
+def _check_weights(
+    name: str, x: Tensor, w13: Tensor, w2: Tensor, *scales: Tensor | None
+) -> dict[str, Tensor | None]:
+    """x, experts and scales fit each other; the scales by their names. Raises BadInput."""
+    named = dict(zip(("w13_scale", "w2_scale", "x_scale"), scales, strict=True))
+    if any(scale is not None for scale in scales):
+        check_scaled_experts(x, w13, w2, _contiguous(x), **named, name=name)
+    else:
+        inputs.check_experts(x, w13, w2, _contiguous(x), name)
+    return named
+
+
 def _check_fused(
     x: Tensor,
     w13: Tensor,
@@ -80,11 +94,7 @@ def _check_fused(
     w2_scale: Tensor | None,
     x_scale: Tensor | None,
 ) -> None:
-    scales = {"w13_scale": w13_scale, "w2_scale": w2_scale, "x_scale": x_scale}
-    if any(scale is not None for scale in scales.values()):
-        inputs.check_scaled_experts(x, w13, w2, _contiguous(x), **scales)
-    else:
-        inputs.check_experts(x, w13, w2, _contiguous(x))
+    scales = _check_weights("x", x, w13, w2, w13_scale, w2_scale, x_scale)
     dtype = _result(x)
     inputs.check_routing(x, topk_weights, topk_ids, dtype)
     if shared is not None:
@@ -109,14 +119,15 @@ def _fused(
     x_scale: Tensor | None,
     batch_invariant: bool,
 ) -> Tensor:
-    scales = w13_scale, w2_scale, x_scale
-    _check_fused(x, w13, w2, topk_weights, topk_ids, shared, activation, limit, *scales)
+    given = w13_scale, w2_scale, x_scale
+    _check_fused(x, w13, w2, topk_weights, topk_ids, shared, activation, limit, *given)
     inputs.check_count(topk_ids.numel())
-    blocks: tuple[tuple[int, int], ...] = ()
-    if w13_scale is not None and w2_scale is not None:
-        blocks = inputs.scale_block("w13_scale", w13, w13_scale), inputs.scale_block("w2_scale", w2, w2_scale)
+    scales = Scales(x, w13, w2, *given)
+    if scales.weights and x.device.type == "cpu":
+        chosen = topk_ids.unique().long() - first
+        scales.check(chosen[(chosen >= 0) & (chosen < w13.shape[0])])
     key = _key(
-        "fused_fp8" if blocks else "fused",
+        scales.form("fused"),
         x,
         (w13.shape[0], w13.shape[2], w13.shape[1]),
         k=topk_ids.shape[1],
@@ -126,11 +137,10 @@ def _fused(
         limit=limit,
         plus=None if shared is None else shared.dtype,
         first=first,
-        blocks=blocks,
-        scaled_x=x_scale is not None,
         batch_invariant=batch_invariant,
+        **scales.constants,
     )
-    y: Tensor = _call(key, x, w13, w2, topk_weights, topk_ids, shared, *scales)
+    y: Tensor = _call(key, x, w13, w2, topk_weights, topk_ids, shared, *scales.arguments)
     return y
 
 
@@ -140,12 +150,20 @@ def _fused_fake(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _check_grouped(
-    x_sorted: Tensor, off: Tensor, w13: Tensor, w2: Tensor, activation: str, limit: float | None
+    x_sorted: Tensor,
+    off: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    activation: str,
+    limit: float | None,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    x_scale: Tensor | None,
 ) -> None:
-    inputs.check_experts(x_sorted, w13, w2, _contiguous(x_sorted), "x_sorted")
+    scales = _check_weights("x_sorted", x_sorted, w13, w2, w13_scale, w2_scale, x_scale)
     inputs.want("off", off, (w13.shape[0] + 1,), "[E+1]", *inputs.INTEGERS)
     inputs.check_activation(activation, limit)
-    inputs.check_devices(x_sorted=x_sorted, off=off, w13=w13, w2=w2)
+    inputs.check_devices(x_sorted=x_sorted, off=off, w13=w13, w2=w2, **scales)
 
 
 def _grouped(
@@ -155,27 +173,35 @@ def _grouped(
     w2: Tensor,
     activation: str,
     limit: float | None,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    x_scale: Tensor | None,
     batch_invariant: bool,
 ) -> Tensor:
-    _check_grouped(x_sorted, off, w13, w2, activation, limit)
+    given = w13_scale, w2_scale, x_scale
+    _check_grouped(x_sorted, off, w13, w2, activation, limit, *given)
     inputs.check_count(x_sorted.shape[0])
     inputs.check_offsets(off, x_sorted.shape[0])
+    scales = Scales(x_sorted, w13, w2, *given)
+    if scales.weights and off.device.type == "cpu":
+        scales.check(off.diff().nonzero()[:, 0])
     key = _key(
-        "grouped",
+        scales.form("grouped"),
         x_sorted,
         (w13.shape[0], w13.shape[2], w13.shape[1]),
         integers=off.dtype,
         activation=activation,
         limit=limit,
         batch_invariant=batch_invariant,
+        **scales.constants,
     )
-    y: Tensor = _call(key, x_sorted, off, w13, w2)
+    y: Tensor = _call(key, x_sorted, off, w13, w2, *scales.arguments)
     return y
 
 
 def _grouped_fake(x_sorted: Tensor, *rest: Any) -> Tensor:
     _check_grouped(x_sorted, *rest[:-1])
-    return x_sorted.new_empty(x_sorted.shape)
+    return x_sorted.new_empty(x_sorted.shape, dtype=_result(x_sorted))
 
 
 # The two halves.
@@ -304,6 +330,11 @@ def _key(form: str, x: Tensor, sizes: tuple[int, int, int], **constants: Any) ->
     """``sizes``: experts, hidden and width. MOEC_BATCH_INVARIANT makes all calls batch invariant."""
     target, interpret = target_of(x.device)
     constants["batch_invariant"] = constants.get("batch_invariant", False) or options().batch_invariant
+    if "blocks" in constants and target in GPUS and not GPUS[target].fp8:
+        raise DeviceUnavailable(
+            f"experts in float8_e4m3fn: {target} multiplies no fp8",
+            notes=["give it the weights in bfloat16: each value times the scale of its block"],
+        )
     experts, hidden, width = sizes
     return Key(form, target, interpret, _result(x), experts, hidden, width, **constants)
 

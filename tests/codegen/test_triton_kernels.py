@@ -79,6 +79,9 @@ HARD_FP8 = {
     "a scale a row": lambda: fp8_op(
         64, 2816, 2048, gather=True, per_row=6, act="silu", quant="fp32", scales=("1x*", "1x*")
     ),
+    "a scale a row of x": lambda: fp8_op(
+        64, 2816, 2048, gather=True, per_row=6, act="silu", quant="fp32", scales=("1x*", "128x128")
+    ),
     "a scale a tensor": lambda: fp8_op(64, 2816, 2048, scales=("*x*", "*x*")),
     "tails": lambda: fp8_op(60, 75, 208, gather=True, per_row=6, act="gelu_tanh"),
     "tails, quantised": lambda: fp8_op(60, 200, 208, gather=True, per_row=6, act="gelu", quant="fp32"),

@@ -11,6 +11,7 @@ from tests.moec.experts import Layer, layer
 
 E4M3 = torch.float8_e4m3fn
 BLOCKS = ((128, 128), (1, 0), (0, 0))  # rows x columns of a matrix that share a scale; 0: all
+X_BLOCKS = ((1, 128), (1, 0), (0, 0))  # of x
 # Signal to noise in dB. Whatever lies between the products is rounded to e4m3: about 31 dB of it alone.
 LEAST = 27.0
 
@@ -34,7 +35,10 @@ class FP8Layer:
 
     @property
     def scales(self) -> dict[str, Tensor]:
-        given = {"w13_scale": self.w13_scale, "w2_scale": self.w2_scale, "x_scale": self.x_scale}
+        x_scale = self.x_scale
+        if x_scale is not None and len(x_scale) != len(self.x):
+            x_scale = x_scale.view(1)  # of all rows
+        given = {"w13_scale": self.w13_scale, "w2_scale": self.w2_scale, "x_scale": x_scale}
         return {name: scale for name, scale in given.items() if scale is not None}
 
     def meant(self) -> Layer:
@@ -76,14 +80,15 @@ def spread(q: Tensor, scale: Tensor) -> Tensor:
 
 def fp8_layer(
     block: tuple[int, int] = (128, 128),
-    scaled_x: bool = False,
+    scaled_x: bool | tuple[int, int] = False,
     dtype: torch.dtype = torch.float32,
     **sizes: int,
 ) -> FP8Layer:
     sizes = {"tokens": 9, "k": 2, "experts": 4, "hidden": 256, "width": 128, **sizes}
     one = layer(**sizes)
     (w13, w13_scale), (w2, w2_scale) = quantise(one.w13, block), quantise(one.w2, block)
-    x, x_scale = quantise(one.x, (1, 128)) if scaled_x else (one.x.to(dtype), None)
+    x_block = (1, 128) if scaled_x is True else scaled_x
+    x, x_scale = quantise(one.x, x_block) if x_block else (one.x.to(dtype), None)
     return FP8Layer(x, w13, w2, one.weights, one.ids, w13_scale, w2_scale, x_scale)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.errors import BadInput
-from moec.ops import compiled, fused_experts
-from tests.moec.experts import ACTS, Layer, layer, loop
-from tests.moec.fp8_experts import BLOCKS, E4M3, LEAST, FP8Layer, fp8_layer, ratio
+from moec.errors import BadInput, DeviceUnavailable
+from moec.ops import compiled, fused_experts, grouped_experts
+from tests.moec.experts import ACTS, Layer, expert, layer, loop
+from tests.moec.fp8_experts import BLOCKS, E4M3, LEAST, X_BLOCKS, FP8Layer, fp8_layer, quantise, ratio, spread
 
 
 @given(st.data())
 def test_fused_experts(data: st.DataObject) -> None:
     draw = data.draw
     experts = draw(st.sampled_from([3, 8]))
-    scaled_x = draw(st.booleans())
+    scaled_x = draw(st.sampled_from([False, *X_BLOCKS]))
     dtype = torch.bfloat16 if scaled_x else draw(st.sampled_from([torch.float32, torch.bfloat16]))
     one = fp8_layer(
         draw(st.sampled_from(BLOCKS)),
@@ -45,9 +48,14 @@ def test_fused_experts(data: st.DataObject) -> None:
     assert ratio(found, loop(one.meant(), first, **how)) > LEAST
 
 
-def test_no_tokens() -> None:
+@pytest.mark.parametrize("x_scale", [None, torch.ones(0, 2), torch.ones(0, 1), torch.ones(1)])
+def test_no_tokens(x_scale: torch.Tensor | None) -> None:
     one = fp8_layer(tokens=0)
-    assert fused_experts(*one.args, **one.scales).shape == (0, 256)
+    given = one.scales | ({} if x_scale is None else {"x_scale": x_scale})
+    x = one.x if x_scale is None else one.x.to(E4M3)
+    assert fused_experts(x, *one.args[1:], **given).shape == (0, 256)
+    off = torch.zeros(5, dtype=torch.int32)
+    assert grouped_experts(x, off, one.w13, one.w2, **given).shape == (0, 256)
 
 
 def test_nan_and_skipped_choices_stay_where_they_are() -> None:
@@ -60,13 +68,109 @@ def test_nan_and_skipped_choices_stay_where_they_are() -> None:
     assert torch.equal(got[rest], clean[rest])
 
 
-def test_a_scale_that_is_nan_is_not_hidden() -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name, shown", [("w13_scale", "1, 1, 0"), ("w2_scale", "1, 1, 0")])
+def test_a_scale_that_is_not_finite_is_named(name: str, shown: str, bad: float) -> None:
     one = fp8_layer()
-    one.w2_scale[1, 0, 0] = math.nan
+    one.scales[name][1, 1, 0] = bad
+    named = rf"{name}\[{shown}\] is {bad}: the scales of experts that are chosen"
+    with pytest.raises(BadInput, match=named):
+        fused_experts(*one.args, **one.scales)
+    off = torch.tensor([0, 2, 3, 9, 9], dtype=torch.int32)
+    with pytest.raises(BadInput, match=rf"{name}\[{shown}\]"):
+        grouped_experts(one.x, off, one.w13, one.w2, **one.scales)
+
+
+def test_scales_of_experts_that_nobody_chose_may_be_anything() -> None:
+    one = fp8_layer()
+    one.ids[one.ids == 1] = 3
+    clean = fused_experts(*one.args, **one.scales)
+    one.w13_scale[1], one.w2_scale[1] = math.nan, math.inf
+    assert torch.equal(fused_experts(*one.args, **one.scales), clean)
+    grouped_experts(one.x, torch.tensor([0, 2, 2, 9, 9]), one.w13, one.w2, **one.scales)
+
+
+def test_a_row_whose_scale_is_nan_stays_in_its_token() -> None:
+    one = fp8_layer(scaled_x=True)
+    clean = fused_experts(*one.args, **one.scales)
+    one.x_scale[3] = math.nan  # type: ignore[index]
     got = fused_experts(*one.args, **one.scales)
-    chose = (one.ids == 1).any(1)
-    assert got[chose][:, :128].isnan().all() and not got[chose][:, 128:].isnan().any()
-    assert not got[~chose].isnan().any()
+    assert got[3].isnan().all() and torch.equal(got[[0, 1, 2, 4]], clean[[0, 1, 2, 4]])
+
+
+@given(st.data())
+def test_grouped_experts(data: st.DataObject) -> None:
+    """Rows by expert, some experts without any; rows behind the last are zeros, whatever they hold."""
+    draw = data.draw
+    block, x_block = draw(st.sampled_from(BLOCKS)), draw(st.sampled_from([False, *X_BLOCKS]))
+    counts = draw(st.lists(st.integers(0, 4), min_size=3, max_size=3))
+    rows, spare = sum(counts), draw(st.integers(0 if any(counts) else 1, 3))
+    dtype = torch.bfloat16 if x_block else draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    sizes = {"hidden": draw(st.sampled_from([128, 200])), "width": draw(st.sampled_from([64, 100]))}
+    one = fp8_layer(block, x_block, dtype, tokens=rows + spare, experts=3, **sizes)
+    meant = one.meant()
+    if spare and not x_block:
+        one.x[rows:] = math.nan
+    off = torch.tensor([0, *counts]).cumsum(0).to(draw(st.sampled_from([torch.int32, torch.int64])))
+    how: dict[str, Any] = {
+        "activation": draw(st.sampled_from(list(ACTS))),
+        "limit": draw(st.sampled_from([None, 0.5])),
+    }
+    wanted = torch.zeros(rows, sizes["hidden"], dtype=torch.float64)
+    for row, e in enumerate(e for e, count in enumerate(counts) for _ in range(count)):
+        wanted[row] = expert(meant.x[row], meant.w13[e], meant.w2[e], **how)
+    found = grouped_experts(one.x, off, one.w13, one.w2, **one.scales, **how)
+    assert found.dtype == dtype and found[rows:].eq(0).all()
+    assert not rows or ratio(found[:rows], wanted) > LEAST
+    out = torch.empty(found.shape, dtype=dtype)
+    assert grouped_experts(one.x, off, one.w13, one.w2, **one.scales, **how, out=out) is out
+    assert torch.equal(out, found)
+
+
+def test_a_scale_for_gate_and_one_for_up() -> None:
+    """As transformers stores per-tensor scales of two projections that it joined."""
+    one = fp8_layer()
+    wide = spread(one.w13, one.w13_scale)
+    halves = [quantise(half, (0, 0)) for half in wide.chunk(2, dim=1)]
+    one.w13, one.w13_scale = (torch.cat(parts, 1) for parts in zip(*halves, strict=True))
+    assert one.w13_scale.shape == (4, 2, 1)
+    meant = one.meant()
+    meant.w13 = torch.cat([spread(q, s) for q, s in halves], 1)
+    assert ratio(fused_experts(*one.args, **one.scales), loop(meant)) > LEAST
+
+
+def test_scales_that_are_powers_of_two() -> None:
+    one = fp8_layer()
+    rounded = {name: s.log2().ceil().exp2() for name, s in one.scales.items()}
+    wanted = fused_experts(*one.args, **rounded)
+    given = {name: s.to(torch.float8_e8m0fnu) for name, s in rounded.items()}
+    assert torch.equal(fused_experts(*one.args, **given), wanted)
+
+
+def test_kernels_get_contiguous_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of all ranks' scales, say, whose strides are not its own."""
+    one, known = fp8_layer(), compiled.function
+    wanted, seen = fused_experts(*one.args, **one.scales), []
+
+    def function(key: compiled.Key) -> Any:
+        return lambda *args: (
+            seen.extend(a for a in args[5:] if isinstance(a, torch.Tensor)) or known(key)(*args)
+        )
+
+    monkeypatch.setattr("moec.ops.library.function", function)
+    given = {name: s.repeat_interleave(2, 0)[::2] for name, s in one.scales.items()}
+    assert torch.equal(fused_experts(*one.args, **given), wanted)
+    assert len(seen) == 2 and all(s.is_contiguous() for s in seen)
+
+
+def test_a_gpu_without_fp8_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moec.ops.library.target_of", lambda device: ("sm_80", False))
+    one = fp8_layer()
+    with pytest.raises(DeviceUnavailable, match=r"M0505.*sm_80 multiplies no fp8\n.*in bfloat16"):
+        fused_experts(*one.args, **one.scales)
+    with pytest.raises(DeviceUnavailable, match="sm_80 multiplies no fp8"):
+        off = torch.tensor([0, 2, 3, 9, 9], dtype=torch.int32)
+        grouped_experts(one.x, off, one.w13, one.w2, **one.scales)
 
 
 def test_out_and_compiled_graphs() -> None:
@@ -86,6 +190,32 @@ def test_functions_are_kept_by_the_blocks_of_their_scales() -> None:
     assert kept >= {(block, block) for block in BLOCKS}
 
 
+INTERPRETED = """
+import torch
+from moec.ops import compiled, fused_experts, grouped_experts
+from tests.codegen import interpreter_casts
+from tests.moec.experts import loop
+from tests.moec.fp8_experts import LEAST, fp8_layer, ratio
+
+interpreter_casts.install()
+for block, x_block in (((128, 128), (1, 0)), ((1, 0), (0, 0)), ((0, 0), (1, 128))):
+    one = fp8_layer(block, x_block, tokens=5, hidden=200, width=100)
+    assert ratio(fused_experts(*one.args, **one.scales), loop(one.meant())) > LEAST
+    off = torch.tensor([0, 2, 2, 4, 4])
+    y = grouped_experts(one.x, off, one.w13, one.w2, **one.scales)
+    one.ids, one.weights = torch.tensor([[0], [0], [2], [2], [-1]]), torch.ones(5, 1)
+    assert ratio(y, loop(one.meant())) > LEAST
+assert {key.target for key in compiled._functions} == {compiled.INTERPRETED}
+"""
+
+
+def test_scales_of_other_granularities_in_the_kernels() -> None:
+    switches = {"MOEC_INTERPRET": "1", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRETED]
+    done = subprocess.run(command, env=os.environ | switches, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def drop(name: str) -> Callable[[FP8Layer], dict[str, Any]]:
     return lambda one: {n: s for n, s in one.scales.items() if n != name}
 
@@ -102,11 +232,16 @@ def change(name: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
         (drop("x_scale"), r"x must be bfloat16 or float16 or float32 \[T, H\]"),
         (
             change("w13_scale", lambda s: s[:, :1]),
-            r"w13_scale must be float32, one of \[4, 2, 2\] \(128 x 128",
+            r"w13_scale must be float32 or float8_e8m0fnu, one of \[4, 2, 2\] \(128 x 128",
         ),
         (change("w2_scale", torch.Tensor.half), r"w2_scale must be .*, not float16"),
         (change("w2_scale", lambda s: s.repeat(1, 2, 2)), "w2_scale must be"),
-        (change("x_scale", lambda s: s[:, :1]), r"x_scale must be float32 \[T, ceil\(H / 128\)\] = \[9, 2\]"),
+        (
+            change("x_scale", lambda s: s[:8]),
+            r"x_scale must be float32, one of \[9, 2\] \(1 x 128 .*, \[9, 1\] \(rows\), \[1\] \(all of x\)",
+        ),
+        (change("x_scale", lambda s: s[0]), "x_scale must be float32, one of"),
+        (change("x_scale", lambda s: s.to(torch.float8_e8m0fnu)), "x_scale must be float32, one of"),
         (change("x_scale", lambda s: s.double()), "x_scale must be float32"),
     ],
 )

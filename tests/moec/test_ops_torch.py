@@ -30,7 +30,7 @@ def operators() -> list[Any]:
     unscaled = (None, None, None, False)
     fused = (*one.args, None, "swiglu", None, 0, *unscaled)
     shared = (*one.args, torch.ones_like(one.x), "geglu", 0.5, 1, *unscaled)
-    grouped = (one.x, off, one.w13, one.w2, "swiglu", None, False)
+    grouped = (one.x, off, one.w13, one.w2, "swiglu", None, *unscaled)
     begin = (one.x, one.w13, one.weights, one.ids)
     _, weights, _, slot, off_of_slots = torch.ops.moec.experts_begin(*begin)
     end = (torch.randn(10, 6), one.w2, weights, slot, off_of_slots, None)
