@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from moec.ops import fused_experts, grouped_experts
+from moec.ops import fused_experts, grouped_experts, route
 from tests.gpu import reference
 from tests.gpu.device import Device
 from tests.moec.experts import close, layer
@@ -32,6 +32,14 @@ def main(device: Device) -> None:
             one8 = FP8Layer(*(t if t is None else t.to(device.type) for t in vars(one8).values()))
             found = fused_experts(*one8.args, **one8.scales)
             assert ratio(found, reference.experts(one8.meant())) > LEAST
+            off = torch.tensor([0, tokens - 1, *[tokens] * 7]).to(device.type, torch.int32)
+            rows = grouped_experts(one8.x, off, one8.w13, one8.w2, **one8.scales)
+            meant = one8.meant()
+            assert ratio(rows, reference.grouped(meant, meant.x, off)) > LEAST
+    for experts, k in ((60, 6), (256, 8)):
+        logits = torch.randn(70, experts, device=device.type)
+        weights, ids = route(logits, k=k, score="sqrtsoftplus", renorm=True, groups=4, topk_groups=2)
+        assert bool((weights > 0).all()) and int(ids.min()) >= 0 and int(ids.max()) < experts
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from moec.ops import fused_experts
+from moec.ops import fused_experts, grouped_experts
 from tests.gpu import reference
 from tests.gpu.device import Device
-from tests.moec.fp8_experts import BLOCKS, E4M3, LEAST, FP8Layer, fp8_layer, ratio
+from tests.moec.fp8_experts import BLOCKS, E4M3, LEAST, X_BLOCKS, FP8Layer, fp8_layer, ratio
 
 HIDDEN, WIDTH, EXPERTS, TOP = 384, 256, 16, 6
 
@@ -45,6 +45,36 @@ def near(found: torch.Tensor, one: FP8Layer) -> None:
 def test_fused_experts(tokens: int, scaled_x: bool, block: tuple[int, int], device: Device) -> None:
     one = drawn(device, block, tokens=tokens, scaled_x=scaled_x)
     near(run(one), one)
+
+
+@each_block
+@pytest.mark.parametrize("x_block", X_BLOCKS[1:], ids=["row", "tensor"])
+@pytest.mark.parametrize("tokens", [1, 70, 257])
+def test_scales_of_rows_and_of_all_of_x(
+    tokens: int, x_block: tuple[int, int], block: tuple[int, int], device: Device
+) -> None:
+    one = drawn(device, block, tokens=tokens, scaled_x=x_block)
+    near(run(one), one)
+
+
+@each_block
+@pytest.mark.parametrize("scaled_x", [False, *X_BLOCKS])
+@pytest.mark.parametrize("rows", [5, 300])
+def test_grouped_experts(
+    rows: int, scaled_x: bool | tuple[int, int], block: tuple[int, int], device: Device
+) -> None:
+    """Half of the experts have no rows; those behind the last are no expert's."""
+    one = drawn(device, block, tokens=rows, scaled_x=scaled_x)
+    counts = torch.zeros(EXPERTS, dtype=torch.int64)
+    counts[::2] = torch.randint(0, rows // 8 + 2, (EXPERTS // 2,), generator=torch.Generator().manual_seed(2))
+    off = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).clamp(max=rows)
+    off = off.to(device.type, torch.int32)
+    found = grouped_experts(one.x, off, one.w13, one.w2, **one.scales)
+    meant = one.meant()
+    wanted = reference.grouped(meant, meant.x, off)
+    end = int(off[-1])
+    assert found.dtype == torch.bfloat16 and found[end:].eq(0).all()
+    assert ratio(found[:end], wanted[:end]) > LEAST
 
 
 def test_no_tokens(device: Device) -> None:

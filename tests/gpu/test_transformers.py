@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.gpu.device import Device
+from tests.moec.fp8_experts import LEAST, ratio
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
 ours = pytest.importorskip("moec.integrations.transformers")
@@ -79,3 +80,21 @@ def test_logits_and_greedy_tokens(family: str, device: Device, monkeypatch: pyte
     (wanted, tokens), (got, ours_tokens) = found["eager"], found["moec"]
     assert hf.difference(got, wanted) < 1e-4
     assert torch.equal(ours_tokens, tokens)
+
+
+@pytest.mark.parametrize("block", [(128, 128), None], ids=["blocks", "matrices"])
+@pytest.mark.parametrize("tokens", [1, 200])
+@torch.no_grad()
+def test_experts_in_fp8(
+    tokens: int, block: tuple[int, int] | None, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own loop over experts, its product, a kernel from the hub, emulated."""
+    fp8 = pytest.importorskip("tests.integrations.fp8_modules")
+    ours.register()
+    experts = fp8.experts(block, hidden_size=384, moe_intermediate_size=256, swiglu_limit=1.0).to(device.type)
+    x, ids, weights = (t.to(device.type) for t in fp8.inputs(tokens, 384, torch.bfloat16))
+    found = experts(x, ids, weights)
+    assert found.dtype == torch.bfloat16
+    experts.config._experts_implementation = "eager"
+    monkeypatch.setattr(fp8.theirs, "fp8_linear", fp8.emulated)
+    assert ratio(found, experts(x.float(), ids, weights)) > LEAST
