@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from gpu import report
-from gpu.peers import ADAPTERS, FP8_ADAPTERS, Adapter, router_of
+from gpu.peers import ADAPTERS, FP8_ADAPTERS, Adapter, layer_of
 from gpu.problem import DTYPES, draw_inputs, draw_weights
 from gpu.shapes import SELF_TEST_SHAPES, SHAPES, Shape
 
@@ -45,12 +45,12 @@ def one_call(adapter: Adapter, name: str, shape: Shape, tokens: int, dtype: torc
     """From logits to y; two inputs in turn."""
     (weights,) = draw_weights(shape, dtype, device, cache=0)
     given = itertools.cycle(draw_inputs(shape, tokens, dtype, device, 0, copies=1))
-    experts, route = adapter(weights, shape.top_k), router_of(name, shape.top_k)
+    layer = layer_of(name, adapter, weights, shape.top_k)
 
     @torch.inference_mode()
     def call() -> torch.Tensor:
         one = next(given)
-        return experts(one.x, *route(one.logits))
+        return layer(one.x, one.logits)
 
     return call
 

@@ -32,16 +32,14 @@ from gpu.peers import (
     ADAPTERS,
     FP8_ADAPTERS,
     Adapter,
-    Experts,
-    Router,
     first_line,
     installed,
-    router_of,
+    layer_of,
 )
 from gpu.problem import DTYPES, TOLERANCE, Inputs, Weights, difference, draw_inputs, draw_weights
 from gpu.self_test import STAND_INS
 from gpu.shapes import QUICK_SHAPES, QUICK_TOKENS, SELF_TEST_SHAPES, SELF_TEST_TOKENS, SHAPES, TOKENS, Shape
-from gpu.timing import Clock, Measured, Roofs, cache_size, roofs
+from gpu.timing import Call, Clock, Measured, Roofs, cache_size, roofs
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -83,9 +81,13 @@ class Run:
     ) -> tuple[Measured, float]:
         """Seconds of a call, and the largest error of the rotation's calls. Raises LeftOut."""
         try:
-            experts = [adapter(weights, shape.top_k) for weights in copies]
-            route = router_of(name, shape.top_k) if self.routed else None
-            calls = [partial(self.call, experts[i.copy], route, i) for i in given]
+            calls: list[Call]
+            if self.routed:
+                layers = [layer_of(name, adapter, weights, shape.top_k) for weights in copies]
+                calls = [partial(layers[i.copy], i.x, i.logits) for i in given]
+            else:
+                experts = [adapter(weights, shape.top_k) for weights in copies]
+                calls = [partial(experts[i.copy], i.x, i.weights, i.ids) for i in given]
             error = max(
                 difference(call(), i, copies[i.copy]) for call, i in zip(calls[:2], given[:2], strict=True)
             )
@@ -98,11 +100,6 @@ class Run:
             raise
         except Exception as problem:  # a peer's own, of whatever kind: the others go on
             raise LeftOut(f"{type(problem).__name__}: {first_line(problem)}") from None
-
-    @staticmethod
-    def call(experts: Experts, route: Router | None, given: Inputs) -> torch.Tensor:
-        weights, ids = (given.weights, given.ids) if route is None else route(given.logits)
-        return experts(given.x, weights, ids)
 
     def derived(self, shape: Shape, tokens: int, measured: Measured, error: float) -> dict[str, Any]:
         flops, moved = shape.flops(tokens), shape.bytes(tokens, self.dtype.itemsize)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> weights, ids
+Layer = Callable[[Tensor, Tensor], Tensor]  # x, logits -> y
 Adapter = Callable[[Weights, int], Experts]  # weights, choices a token
 
 
@@ -141,10 +142,13 @@ def deep_gemm_fp8(given: Weights, top_k: int) -> Experts:
     return padded(given, top_k, product)
 
 
-def moec_router(top_k: int) -> Router:
-    from moec.ops import route
+def moec_routed(given: Weights, top_k: int) -> Layer:
+    """From the logits on in one call; fp8 where the weights are."""
+    from moec.ops import routed_experts
 
-    return lambda logits: route(logits, k=top_k, score="softmax", renorm=True)
+    how: dict[str, Any] = {"k": top_k, "score": "softmax", "renorm": True}
+    how |= {"w13_scale": given.w13_scale, "w2_scale": given.w2_scale}
+    return lambda x, logits: routed_experts(x, logits, given.w13, given.w2, **how)
 
 
 def torch_router(top_k: int) -> Router:
@@ -222,13 +226,15 @@ FP8_ADAPTERS: dict[str, Adapter] = {
 }
 
 ROUTERS: dict[str, Callable[[int], Router]] = {"vLLM": vllm_router}  # others choose as PyTorch does
+ROUTED: dict[str, Callable[[Weights, int], Layer]] = {"moec": moec_routed}
 
 
-def router_of(name: str, top_k: int) -> Router:
-    """How an implementation, moec in any of its rows, chooses experts."""
-    if name.startswith("moec"):
-        return moec_router(top_k)
-    return ROUTERS.get(name, torch_router)(top_k)
+def layer_of(name: str, adapter: Adapter, given: Weights, top_k: int) -> Layer:
+    """An implementation from the router's logits on: in one call, or first its router, then its experts."""
+    if name in ROUTED:
+        return ROUTED[name](given, top_k)
+    experts, route = adapter(given, top_k), ROUTERS.get(name, torch_router)(top_k)
+    return lambda x, logits: experts(x, *route(logits))
 
 
 PEERS = ("transformers", "liger_kernel", "vllm", "sglang", "deep_gemm")  # by the name that is imported

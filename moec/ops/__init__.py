@@ -37,11 +37,12 @@ from torch import Tensor
 
 from moec.errors import BadInput, NotDifferentiable
 from moec.ops import library as library
+from moec.ops import routed as routed
 from moec.ops.inputs import describe
 
 ExpertRange: TypeAlias = "tuple[int, int] | range"
 
-__all__ = ["ExpertRange", "fused_experts", "grouped_experts", "route"]
+__all__ = ["ExpertRange", "fused_experts", "grouped_experts", "route", "routed_experts"]
 
 
 def route(
@@ -144,6 +145,51 @@ def fused_experts(
         return result
     _refuse_gradients("fused_experts", x, w13, w2, topk_weights, shared, out)
     torch.ops.moec.fused_experts_out(*arguments, out)
+    return out
+
+
+def routed_experts(
+    x: Tensor,
+    logits: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    bias: Tensor | None = None,
+    *,
+    k: int,
+    score: str,
+    renorm: bool,
+    scale: float = 1.0,
+    groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    masked: str = "neginf",
+    shared: Tensor | None = None,
+    activation: str = "swiglu",
+    limit: float | None = None,
+    w13_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    batch_invariant: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``fused_experts`` of the choices that ``route`` makes: [T, H] in x's dtype.
+
+    In one call, so that choosing and sorting are one kernel. On the CPU the scales of all experts are to be
+    finite: which ones are chosen is known only inside.
+
+    x, w13, w2    and all that ``fused_experts`` takes, as there
+    logits        [T, E] and all that ``route`` takes, as there; all E experts are here
+
+    Raises as both do.
+    """
+    router = (k, score, groups, topk_groups, group_score, masked, renorm, float(scale))
+    scales = (w13_scale, w2_scale, x_scale)
+    arguments = (x, logits, w13, w2, bias, *router, shared, activation, limit, *scales, batch_invariant)
+    if out is None:
+        result: Tensor = torch.ops.moec.routed_experts(*arguments)
+        return result
+    _refuse_gradients("routed_experts", x, logits, w13, w2, bias, shared, out)
+    torch.ops.moec.routed_experts_out(*arguments, out)
     return out
 
 

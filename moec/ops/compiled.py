@@ -58,6 +58,7 @@ class Key:
     x_block: tuple[int, int] | None = None  # of x's scales, where it comes with such
     batch_invariant: bool = False
     router: tuple[tuple[str, Any], ...] = ()  # a route's attributes
+    bias: torch.dtype | None = None  # of the router
 
 
 _functions: dict[Key, Compiled] = {}
@@ -166,30 +167,32 @@ def lower(key: Key) -> Module:
 
 
 def fused(b: Builder, key: Key) -> tuple[Value, ...]:
-    """(x, w13, w2, weights, ids[, shared]) -> y: ``moec.ops.fused_experts``."""
+    """(x, w13, w2, weights, ids[, shared]) -> y: ``moec.ops.fused_experts``.
+
+    With a router (x, w13, w2, logits[, bias][, shared]) -> y: ``moec.ops.routed_experts``.
+    """
     x = _argument(b, "x", "T", key.hidden)
     w13, w2 = _experts(b, key)
-    weights, ids = _routing(b, key)
+    kept, slot, off = _choices(b, key)
     shared = _argument(b, "shared", "T", key.hidden, dtype=key.plus) if key.plus else None
-    rows, kept, _, slot, off = _first_product(b, key, x, w13, weights, ids)
-    down = b.grouped_linear(_activate(b, key, rows), w2, off, out="down")
+    gathered = b.gather_rows(x, slot, per_row=key.k, out="xe")
+    gate_up = b.grouped_linear(gathered, w13, off, out="gate_up")
+    down = b.grouped_linear(_activate(b, key, gate_up), w2, off, out="down")
     return (b.combine(down, slot, kept, shared, out="y"),)
 
 
 def fused_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
     """(x, w13, w2, weights, ids[, shared], w13_scale, w2_scale[, x_scale]) -> y: the same, in fp8.
 
+    With a router logits[, bias] in place of weights, ids.
     What enters a product is quantised as DeepSeek-V3 does it, 1 x 128.
     """
     floats = b.dtype
     x = _argument(b, "x", "T", key.hidden, dtype=E4M3 if key.x_block else None)
     w13, w2 = _experts(b, key, E4M3)
-    weights, ids = _routing(b, key)
+    kept, slot, off = _choices(b, key)
     shared = _argument(b, "shared", "T", key.hidden, dtype=key.plus) if key.plus else None
     xq, w13, w2 = _all_scaled(b, key, x, w13, w2)
-    here = {"first": key.first, "experts": key.experts}
-    kept, local = b.local_experts(weights, ids, out=("kept", "local"), **here)
-    slot, off = b.sort_by_expert(local, experts=key.experts, out=("slot", "off"))
     gathered = {"per_row": key.k, "act": ACTIVATIONS[key.activation], "epilogue": "swiglu"}
     if key.limit is None:
         h = b.gather_grouped_linear(xq, w13, slot, off, **gathered, quant=ROWS, out="h")
@@ -224,7 +227,9 @@ def begin(b: Builder, key: Key) -> tuple[Value, ...]:
     """(x, w, weights, ids) -> the first product's rows by expert; weights and ids that count; slot; off."""
     x = _argument(b, "x", "T", key.hidden)
     w = _argument(b, "w", key.experts, key.width, key.hidden)
-    return _first_product(b, key, x, w, *_routing(b, key))
+    kept, local, slot, off = _here(b, key)
+    gathered = b.gather_rows(x, slot, per_row=key.k, out="xe")
+    return b.grouped_linear(gathered, w, off, out="gate_up"), kept, local, slot, off
 
 
 def end(b: Builder, key: Key) -> tuple[Value, ...]:
@@ -242,7 +247,7 @@ def end(b: Builder, key: Key) -> tuple[Value, ...]:
 def route(b: Builder, key: Key) -> tuple[Value, ...]:
     """(logits[, bias]) -> weights, ids: ``moec.ops.route``."""
     logits = _argument(b, "logits", "T", key.experts)
-    bias = _argument(b, "bias", key.experts, dtype=key.plus) if key.plus else None
+    bias = _argument(b, "bias", key.experts, dtype=key.bias) if key.bias else None
     w, id = b.route(logits, bias, k=key.k, **dict(key.router), out=("w", "id"))
     return w, id
 
@@ -250,6 +255,8 @@ def route(b: Builder, key: Key) -> tuple[Value, ...]:
 FORMS: dict[str, Callable[[Builder, Key], tuple[Value, ...]]] = {
     "fused": fused,
     "fused_fp8": fused_fp8,
+    "routed": fused,
+    "routed_fp8": fused_fp8,
     "grouped": grouped,
     "grouped_fp8": grouped_fp8,
     "route": route,
@@ -258,12 +265,25 @@ FORMS: dict[str, Callable[[Builder, Key], tuple[Value, ...]]] = {
 }
 
 
-def _first_product(b: Builder, key: Key, x: Value, w: Value, weights: Value, ids: Value) -> tuple[Value, ...]:
+def _choices(b: Builder, key: Key) -> tuple[Value, Value, Value]:
+    """Each choice's weight [T, k], the slots by expert, and where each expert's begin."""
+    if not key.router:
+        kept, _, slot, off = _here(b, key)
+        return kept, slot, off
+    logits = _argument(b, "logits", "T", key.experts, dtype=key.weights)
+    bias = _argument(b, "bias", key.experts, dtype=key.bias) if key.bias else None
+    w, id = b.route(logits, bias, k=key.k, **dict(key.router), out=("w", "id"))
+    slot, off = b.sort_by_expert(id, experts=key.experts, out=("slot", "off"))
+    return w, slot, off
+
+
+def _here(b: Builder, key: Key) -> tuple[Value, ...]:
+    """Weights and ids of the choices that count, their slots by expert, and where each expert's begin."""
+    weights = _argument(b, "weights", "T", key.k, dtype=key.weights)
+    ids = _argument(b, "ids", "T", key.k, dtype=key.integers)
     here = {"first": key.first, "experts": key.experts}
     kept, local = b.local_experts(weights, ids, out=("kept", "local"), **here)
-    slot, off = b.sort_by_expert(local, experts=key.experts, out=("slot", "off"))
-    gathered = b.gather_rows(x, slot, per_row=key.k, out="xe")
-    return b.grouped_linear(gathered, w, off, out="gate_up"), kept, local, slot, off
+    return kept, local, *b.sort_by_expert(local, experts=key.experts, out=("slot", "off"))
 
 
 def _activate(b: Builder, key: Key, gate_up: Value) -> Value:
@@ -298,11 +318,6 @@ def _scaled(b: Builder, q: Value, name: str, block: tuple[int, int]) -> Value:
     scale = b.function.add_argument(f"{name}_scale", TensorType(f32, shape))
     value: Value = b.scaled(q, scale, block=block, out=f"{name}.q")
     return value
-
-
-def _routing(b: Builder, key: Key) -> tuple[Value, Value]:
-    weights = _argument(b, "weights", "T", key.k, dtype=key.weights)
-    return weights, _argument(b, "ids", "T", key.k, dtype=key.integers)
 
 
 def _argument(b: Builder, name: str, *shape: int | str, dtype: torch.dtype | None = None) -> Value:

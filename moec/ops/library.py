@@ -21,21 +21,17 @@ from moec.ops.scales import Scales, check_scaled_experts
 Op = Callable[..., Any]
 
 _ROUTING = "Tensor topk_weights, Tensor topk_ids"
-_ACTIVATION = "str activation, float? limit"
-_SCALES = "Tensor? w13_scale, Tensor? w2_scale, Tensor? x_scale"
-_INVARIANT = "bool batch_invariant"
-_FUSED = f"Tensor x, Tensor w13, Tensor w2, {_ROUTING}, Tensor? shared, {_ACTIVATION}, int first, {_SCALES}"
-_FUSED += f", {_INVARIANT}"
-_GROUPED = f"Tensor x_sorted, Tensor off, Tensor w13, Tensor w2, {_ACTIVATION}, {_SCALES}, {_INVARIANT}"
-_ROUTE = (
-    "Tensor logits, Tensor? bias, int k, str score, int groups, int topk_groups, "
-    "str group_score, str masked, bool renorm, float scale"
-)
+ACTIVATION = "str activation, float? limit"
+SCALES = "Tensor? w13_scale, Tensor? w2_scale, Tensor? x_scale"
+INVARIANT = "bool batch_invariant"
+_FUSED = f"Tensor x, Tensor w13, Tensor w2, {_ROUTING}, Tensor? shared, {ACTIVATION}, int first, {SCALES}"
+_FUSED += f", {INVARIANT}"
+_GROUPED = f"Tensor x_sorted, Tensor off, Tensor w13, Tensor w2, {ACTIVATION}, {SCALES}, {INVARIANT}"
 _BEGIN = f"Tensor x, Tensor w, {_ROUTING}"
 _END = "Tensor h, Tensor w2, Tensor topk_weights, Tensor slot, Tensor off, Tensor? plus"
 
 
-def _register(name: str, schema: str, implementation: Op, fake: Op) -> None:
+def register(name: str, schema: str, implementation: Op, fake: Op) -> None:
     """``moec::name``: a functional operator without a derivative."""
     op = torch.library.custom_op(f"moec::{name}", implementation, mutates_args=(), schema=schema)
     op.register_fake(fake)
@@ -48,7 +44,7 @@ def _register(name: str, schema: str, implementation: Op, fake: Op) -> None:
     op.register_autograd(backward)
 
 
-def _register_out(name: str, arguments: str, implementation: Op, fake: Op) -> None:
+def register_out(name: str, arguments: str, implementation: Op, fake: Op) -> None:
     """``moec::name_out``: the same, into its last argument."""
 
     def into(*given: Any) -> None:
@@ -69,15 +65,15 @@ def _register_out(name: str, arguments: str, implementation: Op, fake: Op) -> No
 
 
 # Whole experts.
-def _check_weights(
+def check_weights(
     name: str, x: Tensor, w13: Tensor, w2: Tensor, *scales: Tensor | None
 ) -> dict[str, Tensor | None]:
     """x, experts and scales fit each other; the scales by their names. Raises BadInput."""
     named = dict(zip(("w13_scale", "w2_scale", "x_scale"), scales, strict=True))
     if any(scale is not None for scale in scales):
-        check_scaled_experts(x, w13, w2, _contiguous(x), **named, name=name)
+        check_scaled_experts(x, w13, w2, contiguous(x), **named, name=name)
     else:
-        inputs.check_experts(x, w13, w2, _contiguous(x), name)
+        inputs.check_experts(x, w13, w2, contiguous(x), name)
     return named
 
 
@@ -94,8 +90,8 @@ def _check_fused(
     w2_scale: Tensor | None,
     x_scale: Tensor | None,
 ) -> None:
-    scales = _check_weights("x", x, w13, w2, w13_scale, w2_scale, x_scale)
-    dtype = _result(x)
+    scales = check_weights("x", x, w13, w2, w13_scale, w2_scale, x_scale)
+    dtype = result(x)
     inputs.check_routing(x, topk_weights, topk_ids, dtype)
     if shared is not None:
         inputs.want("shared", shared, x.shape, "like x", dtype)
@@ -126,7 +122,7 @@ def _fused(
     if scales.weights and x.device.type == "cpu":
         chosen = topk_ids.unique().long() - first
         scales.check(chosen[(chosen >= 0) & (chosen < w13.shape[0])])
-    key = _key(
+    key = make_key(
         scales.form("fused"),
         x,
         (w13.shape[0], w13.shape[2], w13.shape[1]),
@@ -140,13 +136,13 @@ def _fused(
         batch_invariant=batch_invariant,
         **scales.constants,
     )
-    y: Tensor = _call(key, x, w13, w2, topk_weights, topk_ids, shared, *scales.arguments)
+    y: Tensor = call(key, x, w13, w2, topk_weights, topk_ids, shared, *scales.arguments)
     return y
 
 
 def _fused_fake(x: Tensor, *rest: Any) -> Tensor:
     _check_fused(x, *rest[:7], *rest[8:-1])  # all but the first expert's number and batch_invariant
-    return x.new_empty(x.shape, dtype=_result(x))
+    return x.new_empty(x.shape, dtype=result(x))
 
 
 def _check_grouped(
@@ -160,7 +156,7 @@ def _check_grouped(
     w2_scale: Tensor | None,
     x_scale: Tensor | None,
 ) -> None:
-    scales = _check_weights("x_sorted", x_sorted, w13, w2, w13_scale, w2_scale, x_scale)
+    scales = check_weights("x_sorted", x_sorted, w13, w2, w13_scale, w2_scale, x_scale)
     inputs.want("off", off, (w13.shape[0] + 1,), "[E+1]", *inputs.INTEGERS)
     inputs.check_activation(activation, limit)
     inputs.check_devices(x_sorted=x_sorted, off=off, w13=w13, w2=w2, **scales)
@@ -185,7 +181,7 @@ def _grouped(
     scales = Scales(x_sorted, w13, w2, *given)
     if scales.weights and off.device.type == "cpu":
         scales.check(off.diff().nonzero()[:, 0])
-    key = _key(
+    key = make_key(
         scales.form("grouped"),
         x_sorted,
         (w13.shape[0], w13.shape[2], w13.shape[1]),
@@ -195,20 +191,20 @@ def _grouped(
         batch_invariant=batch_invariant,
         **scales.constants,
     )
-    y: Tensor = _call(key, x_sorted, off, w13, w2, *scales.arguments)
+    y: Tensor = call(key, x_sorted, off, w13, w2, *scales.arguments)
     return y
 
 
 def _grouped_fake(x_sorted: Tensor, *rest: Any) -> Tensor:
     _check_grouped(x_sorted, *rest[:-1])
-    return x_sorted.new_empty(x_sorted.shape, dtype=_result(x_sorted))
+    return x_sorted.new_empty(x_sorted.shape, dtype=result(x_sorted))
 
 
 # The two halves.
 def _check_begin(x: Tensor, w: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
     inputs.want("x", x, (None, None), "[T, H]", *inputs.FLOATS)
     inputs.want("w", w, (None, None, x.shape[1]), "[E, N, H]", x.dtype)
-    inputs.check_layout("w", w, _contiguous(x))
+    inputs.check_layout("w", w, contiguous(x))
     inputs.check_routing(x, topk_weights, topk_ids)
     inputs.check_devices(x=x, w=w, topk_weights=topk_weights, topk_ids=topk_ids)
 
@@ -219,7 +215,7 @@ def _begin(
     """Rows by expert [T·k, N], weights and ids [T, k] of choices (E and weight 0: no expert's), slot, off."""
     _check_begin(x, w, topk_weights, topk_ids)
     inputs.check_count(topk_ids.numel())
-    key = _key(
+    key = make_key(
         "begin",
         x,
         (w.shape[0], w.shape[2], w.shape[1]),
@@ -227,7 +223,7 @@ def _begin(
         weights=topk_weights.dtype,
         integers=topk_ids.dtype,
     )
-    rows, kept, local, slot, off = _call(key, x, w, topk_weights, topk_ids)
+    rows, kept, local, slot, off = call(key, x, w, topk_weights, topk_ids)
     return rows, kept, local, slot.to(torch.int32), off
 
 
@@ -245,7 +241,7 @@ def _check_end(
 ) -> None:
     inputs.want("h", h, (None, None), "[T·k, I]", *inputs.FLOATS)
     inputs.want("w2", w2, (None, None, h.shape[1]), "[E, H, I]", h.dtype)
-    inputs.check_layout("w2", w2, _contiguous(h))
+    inputs.check_layout("w2", w2, contiguous(h))
     inputs.want("topk_weights", topk_weights, (None, None), "[T, k]", *inputs.FLOATS)
     inputs.want("slot", slot, (h.shape[0],), "[T·k]", torch.int32)
     inputs.want("off", off, (w2.shape[0] + 1,), "[E+1]", torch.int32)
@@ -261,7 +257,7 @@ def _end(
     """Each token's sum [T, H] of its rows times w2; weights, slot and off are those of ``experts_begin``."""
     _check_end(h, w2, topk_weights, slot, off, plus)
     inputs.want("h", h, (topk_weights.numel(), None), "[T·k, I]", h.dtype)
-    key = _key(
+    key = make_key(
         "end",
         h,
         (w2.shape[0], w2.shape[1], w2.shape[2]),
@@ -269,7 +265,7 @@ def _end(
         weights=topk_weights.dtype,
         plus=None if plus is None else plus.dtype,
     )
-    y: Tensor = _call(key, h, w2, topk_weights, slot, off, plus)
+    y: Tensor = call(key, h, w2, topk_weights, slot, off, plus)
     return y
 
 
@@ -280,54 +276,14 @@ def _end_fake(
     return h.new_empty(topk_weights.shape[0], w2.shape[1])
 
 
-# Choosing the experts.
-def _route(
-    logits: Tensor,
-    bias: Tensor | None,
-    k: int,
-    score: str,
-    groups: int,
-    topk_groups: int,
-    group_score: str,
-    masked: str,
-    renorm: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    _check_route(logits, bias, k, score, groups, topk_groups, group_score, masked, renorm, scale)
-    router = {"score": score, "renorm": renorm, "scale": scale}
-    if groups > 1:
-        router |= {"groups": groups, "topk_groups": topk_groups, "group_score": group_score, "masked": masked}
-    key = _key(
-        "route",
-        logits,
-        (logits.shape[1], 0, 0),
-        k=k,
-        plus=None if bias is None else bias.dtype,
-        router=tuple(router.items()),
-    )
-    w, id = _call(key, logits, bias)
-    return w, id
-
-
-def _check_route(logits: Tensor, bias: Tensor | None, *how: Any) -> None:
-    inputs.check_router(logits, bias, *how)
-    inputs.check_devices(logits=logits, bias=bias)
-
-
-def _route_fake(logits: Tensor, bias: Tensor | None, k: int, *how: Any) -> tuple[Tensor, Tensor]:
-    _check_route(logits, bias, k, *how)
-    shape = logits.shape[0], k
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
-
-
 # What they share.
-def _result(x: Tensor) -> torch.dtype:
+def result(x: Tensor) -> torch.dtype:
     """x's dtype; what is quantised already gives bfloat16."""
     return torch.bfloat16 if x.dtype == inputs.E4M3 else x.dtype
 
 
-def _key(form: str, x: Tensor, sizes: tuple[int, int, int], **constants: Any) -> Key:
-    """``sizes``: experts, hidden and width. MOEC_BATCH_INVARIANT makes all calls batch invariant."""
+def make_key(form: str, x: Tensor, sizes: tuple[int, int, int], **constants: Any) -> Key:
+    """``sizes``: experts, hidden and width. MOEC_BATCHINVARIANT makes all calls batch invariant."""
     target, interpret = target_of(x.device)
     constants["batch_invariant"] = constants.get("batch_invariant", False) or options().batch_invariant
     if "blocks" in constants and target in GPUS and not GPUS[target].fp8:
@@ -336,24 +292,23 @@ def _key(form: str, x: Tensor, sizes: tuple[int, int, int], **constants: Any) ->
             notes=["give it the weights in bfloat16: each value times the scale of its block"],
         )
     experts, hidden, width = sizes
-    return Key(form, target, interpret, _result(x), experts, hidden, width, **constants)
+    return Key(form, target, interpret, result(x), experts, hidden, width, **constants)
 
 
-def _contiguous(x: Tensor) -> bool:
+def contiguous(x: Tensor) -> bool:
     """Whether weights must be contiguous: wherever generated kernels read them."""
     return target_of(x.device)[0] != "cpu"
 
 
-def _call(key: Key, *arguments: Tensor | None) -> Any:
+def call(key: Key, *arguments: Tensor | None) -> Any:
     """The compiled function of the arguments that are there; activations contiguous, weights as they are."""
     given = [a if a.dim() == 3 else a.contiguous() for a in arguments if a is not None]
     return function(key)(*given, {})
 
 
-_register("fused_experts", f"({_FUSED}) -> Tensor", _fused, _fused_fake)
-_register("grouped_experts", f"({_GROUPED}) -> Tensor", _grouped, _grouped_fake)
-_register("route", f"({_ROUTE}) -> (Tensor, Tensor)", _route, _route_fake)
-_register("experts_begin", f"({_BEGIN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _begin, _begin_fake)
-_register("experts_end", f"({_END}) -> Tensor", _end, _end_fake)
-_register_out("fused_experts", _FUSED, _fused, _fused_fake)
-_register_out("grouped_experts", _GROUPED, _grouped, _grouped_fake)
+register("fused_experts", f"({_FUSED}) -> Tensor", _fused, _fused_fake)
+register("grouped_experts", f"({_GROUPED}) -> Tensor", _grouped, _grouped_fake)
+register("experts_begin", f"({_BEGIN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _begin, _begin_fake)
+register("experts_end", f"({_END}) -> Tensor", _end, _end_fake)
+register_out("fused_experts", _FUSED, _fused, _fused_fake)
+register_out("grouped_experts", _GROUPED, _grouped, _grouped_fake)

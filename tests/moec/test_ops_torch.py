@@ -231,8 +231,7 @@ def test_a_gpus_pipeline_fuses_the_permutation(limit: float | None) -> None:
     PassManager(pipeline(2, key.target)).run(module)
     clamped = [] if limit is None else ["split", "clamp", "clamp", "swiglu"]
     assert [op.name for op in module["forward"].ops] == [
-        "local_experts",
-        "sort_by_expert",
+        "local_sort",
         "gather_grouped_linear",
         *clamped,
         "grouped_linear",
