@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moec.ir.ops.route import SCORES, Route
 from moec.ir.types import f32
-from moec.ops import fused_experts, route
+from moec.ops import fused_experts, route, routed_experts
 from tests.gpu.device import Device
 from tests.moec.experts import layer
 
@@ -100,3 +100,15 @@ def test_a_graph_of_router_and_experts_without_waiting(device: Device) -> None:
         wanted = call()
     replay = device.record(call)
     assert torch.equal(replay(), wanted)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("tokens", [0, 1, 16, 300])
+def test_router_and_experts_in_one_call(tokens: int, name: str, device: Device) -> None:
+    """What route and fused_experts give one after the other, bit for bit: both choose and sum alike."""
+    experts, biased, how = ROUTERS[name]
+    one = device.layer(layer(tokens, k=how["k"], experts=experts, hidden=64, width=32, dtype=torch.bfloat16))
+    logits = drawn(tokens, experts, torch.float32, device)
+    bias = drawn(1, experts, torch.float32, device)[0] / 8 if biased else None
+    y = routed_experts(one.x, logits, one.w13, one.w2, bias, **how)
+    assert torch.equal(y, fused_experts(one.x, one.w13, one.w2, *route(logits, bias, **how)))

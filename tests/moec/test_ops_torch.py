@@ -197,6 +197,10 @@ for dtype in (torch.float32, torch.float16):
     one = layer(9, k=6, experts=8, hidden=32, width=16, dtype=dtype)
     one.ids[2, 1], one.weights[2, 1] = -1, torch.nan
     close(moec.ops.fused_experts(*one.args, shared=one.x), loop(one, shared=one.x), dtype)
+    how = {"k": 6, "score": "softmax", "renorm": True}
+    logits = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+    one.weights, one.ids = moec.ops.route(logits, **how)
+    close(moec.ops.routed_experts(one.x, logits, one.w13, one.w2, **how), loop(one), dtype)
 assert {key.target for key in compiled._functions} == {compiled.INTERPRETED}
 """
 
