@@ -48,7 +48,7 @@ class Schedule:
     @property
     def function(self) -> str:
         """Schedules of equal ones are variants of one Triton function."""
-        return self.form + "_persistent" * self.persistent
+        return self.form + "_split" * (self.split > 1) + "_persistent" * self.persistent
 
     @property
     def text(self) -> str:

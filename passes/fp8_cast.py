@@ -31,6 +31,7 @@ from moec.ir import DType, Module, Value
 from moec.ir.devices import GPUS
 from moec.ir.op import Param
 from moec.ir.ops.hash_route import HashRoute
+from moec.ir.ops.moe import GroupedLinearCombine
 from moec.ir.ops.route import Route
 from moec.ir.types import bf16, f16, f32, parse_block
 from moec.ir.weights import bindings, weights_name
@@ -155,6 +156,9 @@ class FP8Cast(Pass):
         fused = P.gather_grouped_linear(
             "x", param("w"), "slot", "off", per_row=ANY, epilogue=ANY, act=ANY, quant=ANY, scale=ANY, to=ANY
         )
+        summed = P.grouped_linear_combine(
+            "x", param("w"), "off", "slot", "weights", maybe("plus"), rows=ANY, to=ANY
+        )
         return {
             "experts": (
                 experts.where(self._has_fp8).where(floats).where(self._not_kept),
@@ -164,6 +168,10 @@ class FP8Cast(Pass):
                 fused.where(self._has_fp8).where(floats).where(self._not_kept),
                 self._cast,
             ),  # gather_grouped_linear(x, w) -> gather_grouped_linear(quant(x), w.q)
+            "summed": (
+                summed.where(self._has_fp8).where(floats).where(self._not_kept),
+                self._cast,
+            ),  # grouped_linear_combine(x, w) -> grouped_linear_combine(quant(x), w.q)
         }
 
     def _has_fp8(self, m: Match) -> str:
@@ -195,7 +203,9 @@ class FP8Cast(Pass):
         w = self._weight(m, m["w"])
         attrs = dict(root.attrs)
         key = "acc" if root.name == "linear" else "to"
-        if attrs.get("quant") is None:
+        if isinstance(root, GroupedLinearCombine):
+            attrs["rows"] = _said(root.product_type().dtype)
+        elif attrs.get("quant") is None:
             attrs[key] = _said(root.tensor(root.results[0]).dtype)
         (y,) = m.create(root.name, x, w, *root.operands[2:], **attrs).op.results
         return y

@@ -36,6 +36,13 @@ and always so with a choice among the experts that are here, and the sort behind
 
     %kept, %local, %slot, %off = local_sort(%w, %id) {experts=64, first=128}
 
+and with ``combine=true`` the second product and the sum of its rows::
+
+    %d.by_slot = grouped_linear(%h, $experts.w2, %off, %slot)
+    %y = combine(%d.by_slot, _, %w)
+
+    %y = grouped_linear_combine(%h, $experts.w2, %off, %slot, %w)
+
 Below f32 the activation is taken of the product in fp32, which was rounded before, and so is what is
 quantised: results come nearer to the exact ones. All else is right bit for bit."""
 
@@ -59,6 +66,7 @@ MOST_EXPERTS = 1024
 @dataclass(frozen=True)
 class Options:
     route_sort: bool = False  # router, top-k and sort as one op, too
+    combine: bool = False  # the second product and the sum of its rows, too
 
 
 # Conditions: "" or why not.
@@ -148,6 +156,15 @@ def combine(m: Match) -> Value:
     return y
 
 
+def product_combine(m: Match) -> Value:
+    """The product that sums its rows by token."""
+    product, attrs = m["product"], m.root.attrs
+    operands = *product.operands, m["weights"], m["plus"]
+    how = {"rows": product.attrs["to"], "to": attrs["to"], "order": attrs["order"]}
+    (y,) = m.create("grouped_linear_combine", *operands, loc=product.loc, **how).op.results
+    return y
+
+
 GATHERED = P.gather_rows("x", "slot", per_row=ANY).once().named("gather")
 PRODUCT = P.grouped_linear(GATHERED, "w", "off", to=ANY).named("product")
 
@@ -196,6 +213,19 @@ ROUTING: Rules = {
     ),  # w, id = route(l); sort_by_expert(id) -> w, id, slot, off = route_sort(l)
 }
 
+SUMMED: Rules = {
+    "product-combine": (
+        P.combine(
+            P.grouped_linear("rows", "w", "off", "slot", to=ANY).once().named("product"),
+            None,
+            "weights",
+            maybe("plus"),
+            to=ANY,
+        ).where(known_dtype),
+        product_combine,
+    ),  # combine(grouped_linear(rows, .., slot), _) -> grouped_linear_combine(rows, .., slot)
+}
+
 
 QUANT: Rules = {
     "quant": (
@@ -224,4 +254,6 @@ class PermuteFusion(Pass):
         changed = self.apply(module, LOCAL) or changed
         if self.options.route_sort:
             changed = self.apply(module, ROUTING) or changed
+        if self.options.combine:
+            changed = self.apply(module, SUMMED) or changed
         return changed

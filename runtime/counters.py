@@ -2,7 +2,8 @@
 
 A launch finds its words zero and leaves them zero, so nothing clears them in between. Launches that may
 overlap never share any: each stream has words of its own, and each launch that a CUDA graph records takes
-fresh ones, since graphs that one stream recorded may be replayed side by side.
+fresh ones, since graphs that one stream recorded may be replayed side by side. Once those run out, what a
+stream records in one graph shares words of the graph's own memory, which each replay clears once.
 """
 
 from __future__ import annotations
@@ -10,39 +11,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.errors import BadArgument
+from moec.runtime import driver
 
-WORDS = 16384  # a stream's, and so the most that one launch may ask for
+WORDS = 16384  # a stream's, until a launch asks for more
 RESERVED = 1 << 20  # of all recorded launches on a device, 4 bytes each
 _LINE = 32  # words of 128 bytes: counters of two launches are never in one
 
 _of_stream: dict[tuple[int, int], Tensor] = {}
 _reserve: dict[int, Tensor] = {}
 _taken: dict[int, int] = {}
+_cleared: dict[tuple[int, int], tuple[int, Tensor]] = {}  # by device and stream, with the recording's number
 
 
 def zeroed(device: torch.device, words: int) -> Tensor:
-    """int32 [words] of zeros for one launch on ``device``'s current stream, which must leave them zero.
-
-    Raises BadArgument for more than WORDS.
-    """
-    if words > WORDS:
-        raise BadArgument(f"a launch may have {WORDS} counters, not {words}")
+    """int32 [words] of zeros for one launch on ``device``'s current stream, which must leave them zero."""
     if device.type != "cuda":
         return torch.zeros(words, dtype=torch.int32, device=device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    if torch.cuda.is_current_stream_capturing():
-        return _for_a_recording(device, index, words)
     key = (index, torch.cuda.current_stream(index).cuda_stream)
-    if key not in _of_stream:
-        _of_stream[key] = torch.zeros(WORDS, dtype=torch.int32, device=device)
-    return _of_stream[key][:words]
+    if torch.cuda.is_current_stream_capturing():
+        return _for_a_recording(device, key, words)
+    kept = _of_stream.get(key)
+    if kept is None or len(kept) < words:
+        # The old ones' memory is the allocator's again, which gives it to later work of this stream only.
+        kept = _of_stream[key] = torch.zeros(max(words, WORDS), dtype=torch.int32, device=device)
+    return kept[:words]
 
 
-def _for_a_recording(device: torch.device, index: int, words: int) -> Tensor:
+def _for_a_recording(device: torch.device, key: tuple[int, int], words: int) -> Tensor:
+    index, stream = key
     first = _taken.get(index, 0)
     if index not in _reserve or first + words > RESERVED:
-        return torch.zeros(words, dtype=torch.int32, device=device)  # recorded too: cleared at each replay
+        recording = driver.recording(stream)
+        known, kept = _cleared.get(key, (-1, None))
+        if kept is None or known != recording or len(kept) < words:  # recorded too: cleared at each replay
+            kept = torch.zeros(max(words, WORDS), dtype=torch.int32, device=device)
+            _cleared[key] = recording, kept
+        return kept[:words]
     _taken[index] = first + -(-words // _LINE) * _LINE
     return _reserve[index][first : first + words]
 

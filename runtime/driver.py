@@ -109,6 +109,19 @@ def _launch(loaded: Loaded, grid: tuple[int, int, int], parameters: Sequence[Any
     core.launch(_stream(stream), config, loaded.kernel, *parameters)
 
 
+def recording(stream: int) -> int:
+    """The number, unique in the process, of the capture that records the stream of that handle.
+
+    Raises LaunchFailed where the driver doesn't say.
+    """
+    from cuda.bindings import driver
+
+    code, _, number, *_ = driver.cuStreamGetCaptureInfo(driver.CUstream(stream))
+    if code != driver.CUresult.CUDA_SUCCESS:
+        raise LaunchFailed(f"cuStreamGetCaptureInfo: {code}")
+    return int(number)
+
+
 @lru_cache(maxsize=64)
 def _stream(handle: int) -> Any:
     from cuda import core

@@ -614,6 +614,14 @@ def _combine(g: Graph) -> Any:
     return g.op("combine", rows, slot, w, plus, to=g.draw(of([None, f32])))
 
 
+@draws("grouped_linear_combine")
+def _grouped_linear_combine(g: Graph) -> Any:
+    rows, slot, w = _grouped(g)
+    plus = g.x(N, rows.type.shape[1]) if g.draw(st.booleans()) else None
+    how = {"rows": rows.op.attrs["to"], "to": g.draw(of([None, f32]))}
+    return g.op("grouped_linear_combine", *rows.op.operands[:3], slot, w, plus, **how)
+
+
 # Weights.
 @draws("stack")
 def _stack(g: Graph) -> Any:

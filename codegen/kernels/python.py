@@ -79,15 +79,23 @@ def add_rms_norm(op: Op) -> dict[str, Any]:
 
 
 def _combine(op: Op) -> dict[str, Any]:
-    rows, y = op.operands[0].type, op.results[0].type  # type: ignore[union-attr]
+    rows, slot, weights, plus = op.operands
+    return combine(rows.type, weights, plus, op) | {"slot": slot is not None}  # type: ignore[union-attr]
+
+
+def combine(rows: Any, weights: Any, plus: Any, op: Op) -> dict[str, Any]:
+    """What the template of combine asks, of rows of that type that become the result of ``op``."""
     return {
-        "top_k": _shape(op, 2)[1],
-        "slot": op.operands[1] is not None,
-        "rows_dtype": rows.dtype,  # type: ignore[union-attr]
-        "to": y.dtype,  # type: ignore[union-attr]
-        "plus": op.operands[3] is not None,
-        "plus_dtype": op.operands[3].type.dtype if op.operands[3] is not None else None,  # type: ignore[union-attr]
+        "top_k": weights.type.shape[1],
+        "rows_dtype": rows.dtype,
+        "to": op.results[0].type.dtype,  # type: ignore[union-attr]
+        "plus": plus is not None,
+        "plus_dtype": plus.type.dtype if plus is not None else None,
     }
+
+
+def _grouped_linear_combine(op: Op) -> dict[str, Any]:
+    return combine(op.product_type(), op.operands[4], op.operands[5], op)  # type: ignore[attr-defined]
 
 
 def cache(op: Op) -> dict[str, Any]:
@@ -125,6 +133,7 @@ register(
     Templated("linear", "python/kernels/linear.py.jinja", reasons=_not_rows_of_fp32, name="onednn.linear"),
     *_product("grouped_linear", lambda op: {"placed": op.operands[3] is not None}),
     *_product("gather_grouped_linear", gather_grouped_linear),
+    *_product("grouped_linear_combine", _grouped_linear_combine),
     _kernel(
         "rms_norm",
         lambda op: {"eps": op.attrs["eps"], "quant": ""},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moec.codegen.kernels import Templated, quantises, register
-from moec.codegen.kernels.python import add_rms_norm, gather_grouped_linear
+from moec.codegen.kernels.python import add_rms_norm, combine, gather_grouped_linear
 from moec.ir.op import Op
 from moec.ir.types import TensorType, format_block
 
@@ -138,6 +138,11 @@ def _grouped_linear(op: Op) -> dict[str, Any]:
     return _experts(op) | {"placed": op.operands[3] is not None}
 
 
+def _grouped_linear_combine(op: Op) -> dict[str, Any]:
+    rows = op.product_type()  # type: ignore[attr-defined]
+    return _experts(op) | {"width": rows.shape[1]} | combine(rows, op.operands[4], op.operands[5], op)
+
+
 def _gather_grouped_linear(op: Op) -> dict[str, Any]:
     return {"quant": ""} | _experts(op) | {name: op.attrs[name] for name in ("per_row", "epilogue", "act")}
 
@@ -195,6 +200,13 @@ register(
         _grouped_linear,
         reasons=_no_scaled_rows,
         name="torch.emulated_fp8_grouped_linear",
+    ),
+    Templated(
+        "grouped_linear_combine",
+        f"{FOLDER}/grouped_linear_combine_scaled.py.jinja",
+        _grouped_linear_combine,
+        reasons=_no_scaled_rows,
+        name="torch.emulated_fp8_grouped_linear_combine",
     ),
     Templated(
         "gather_grouped_linear",

@@ -23,7 +23,8 @@ from moec.codegen.select import band
 from moec.errors import BadSchedule
 from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op
-from moec.ir.types import DType, format_block
+from moec.ir.ops.moe import GroupedLinearCombine
+from moec.ir.types import DType, TensorType, format_block
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,17 @@ class Flags:
     to: DType  # of the result
     scales: Scales | None  # of x and w, where they have any
     quant: str  # the format of the scales that the result gets; empty: it gets none
+    split: bool  # several programs share a tile's K
+    sums: Sums | None  # each token's rows are summed behind the product
+
+
+@dataclass(frozen=True)
+class Sums:
+    """``top_k`` rows a token, ``step`` of their elements at once; ``plus``: something is added."""
+
+    top_k: int
+    plus: bool
+    step: int = 1024  # 16 bytes of 16-bit rows a thread of four warps
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ def reasons(op: Op) -> list[str]:
 
 def scaled_reasons(op: Op) -> list[str]:
     """Against a product of scaled values."""
-    x, w, y = (tensor(v) for v in (*op.operands[:2], op.results[0]))
+    x, w, y = tensor(op.operands[0]), tensor(op.operands[1]), product_type(op)
     found = reasons_against_scales(x, w)
     if (quant := op.attrs.get("quant")) not in (None, QUANT_BLOCK):
         found.append(f"quant is {format_block(quant)}: a tile holds what {format_block(QUANT_BLOCK)} needs")
@@ -134,19 +146,40 @@ def rungs(op: Op, device: GPU) -> list[tuple[float, Schedule]]:
 
 def constants_of(op: Op, device: GPU, rungs: list[tuple[float, Schedule]]) -> dict[str, Any]:
     """The template's constants for a ladder of schedules: (rows an expert below which, schedule)."""
-    schedules = sorted({s for _, s in rungs}, key=str)
-    forms = [
-        _form(op, device, name, tuple(s for s in schedules if s.function == name))
-        for name in dict.fromkeys(s.function for s in schedules)
+    forms = forms_of(op, device, [s for _, s in rungs])
+    return {
+        "t": forms[0].flags,
+        "forms": forms,
+        "ladders": [("LADDER", shown(rungs))],
+        "device": device,
+        "splits": any(form.flags.split for form in forms),
+    }
+
+
+def shown(rungs: list[tuple[float, Schedule]], sums: bool = False) -> list[tuple[str, str, Schedule]]:
+    """A ladder as a kernel file has it: number of rows, name of the Triton function, schedule."""
+    return [
+        (f"{below:g}" if below != float("inf") else 'float("inf")', _name(s, sums), s) for below, s in rungs
     ]
-    shown = [(f"{below:g}" if below != float("inf") else 'float("inf")', s) for below, s in rungs]
-    return {"t": forms[0].flags, "forms": forms, "ladder": shown, "device": device}
 
 
-def _form(op: Op, device: GPU, name: str, schedules: tuple[Schedule, ...]) -> FormOfKernel:
-    p, form = problem(op), schedules[0].form
+def _name(s: Schedule, sums: bool) -> str:
+    return s.function + "_sum" * sums
+
+
+def forms_of(op: Op, device: GPU, schedules: list[Schedule], sums: Sums | None = None) -> list[FormOfKernel]:
+    """The Triton functions that ``schedules`` ask for."""
+    by_name: dict[str, list[Schedule]] = {}
+    for s in sorted(set(schedules), key=str):
+        by_name.setdefault(_name(s, sums is not None), []).append(s)
+    return [_form(op, device, name, tuple(alike), sums) for name, alike in by_name.items()]
+
+
+def _form(op: Op, device: GPU, name: str, schedules: tuple[Schedule, ...], sums: Sums | None) -> FormOfKernel:
+    p, form, split = problem(op), schedules[0].form, schedules[0].split > 1
     dense, gather = op.name == "linear", p.gathered
-    x, w, y = tensor(op.operands[0]), tensor(op.operands[1]), tensor(op.results[0])
+    x, w = tensor(op.operands[0]), tensor(op.operands[1])
+    y = product_type(op)
     slot = None if dense else op.operands[2 if gather else 3]
     flags = Flags(
         experts=p.experts,
@@ -169,6 +202,8 @@ def _form(op: Op, device: GPU, name: str, schedules: tuple[Schedule, ...]) -> Fo
         to=y.dtype,
         scales=scales(x, w, p.matrices == 2, "T" if gather else "R", max(s.block_n for s in schedules)),
         quant=op.attrs["scale"] if p.quantised else "",
+        split=split,
+        sums=sums,
     )
     element = TRITON_TYPES[p.dtype]
     signature = {"x": f"tensordesc<{element}[BLOCK_M, BLOCK_K]>" if flags.x_descriptor else f"*{element}"}
@@ -181,12 +216,29 @@ def _form(op: Op, device: GPU, name: str, schedules: tuple[Schedule, ...]) -> Fo
         signature["slot"] = pointer(tensor(slot).dtype)
     if not dense:
         signature["off"] = pointer(tensor(op.operands[3 if gather else 2]).dtype)
-    signature["y"] = pointer(y.dtype)
+    if sums:
+        weights, plus = op.operands[4:6]
+        signature["weights"] = pointer(tensor(weights).dtype)
+        if plus is not None:
+            signature["plus"] = pointer(tensor(plus).dtype)
+        signature["by_slot"] = pointer(y.dtype)
+    signature["y"] = pointer(tensor(op.results[0]).dtype)
     if flags.quant:
         signature["y_scale"] = "*fp32"
+    if split:
+        signature["parts"] = "*fp32"
+    if split or sums:
+        signature["counters"] = "*i32"
     signature["R"] = "i32"
+    if sums:
+        signature["arrivals"] = "i32"
     bands = {s: band(s, p, device) for s in schedules}
     return FormOfKernel(name, flags, signature_lines(signature), schedules, bands)
+
+
+def product_type(op: Op) -> TensorType:
+    """What the product's rows are before anything is made of them in the same op."""
+    return op.product_type() if isinstance(op, GroupedLinearCombine) else tensor(op.results[0])
 
 
 def dense_reasons(op: Op) -> list[str]:

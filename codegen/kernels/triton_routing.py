@@ -15,7 +15,8 @@ from moec.codegen.kernels.triton import (
     tensor,
 )
 from moec.ir.devices import GPU
-from moec.ir.op import Op
+from moec.ir.op import Op, Value
+from moec.ir.types import TensorType
 
 # Beyond, a chunk's counts no longer fit into a program's registers.
 MOST_EXPERTS = 2047
@@ -107,9 +108,15 @@ def _hash_route_reasons(op: Op) -> list[str]:
 
 def _combine(op: Op, device: GPU) -> dict[str, Any]:
     rows, slot, w, plus = op.operands
-    y = tensor(op.results[0])
+    return combine_constants(tensor(rows), slot, w, plus, tensor(op.results[0]))
+
+
+def combine_constants(
+    rows: TensorType, slot: Value | None, w: Value | None, plus: Value | None, y: TensorType
+) -> dict[str, Any]:
+    """What combine's template asks, of rows [T·k, H] that become y [T, H]."""
     width = y.shape[1]
-    signature = {"rows": pointer(tensor(rows).dtype)}
+    signature = {"rows": pointer(rows.dtype)}
     if slot is not None:
         signature["place"] = "*i32"
     signature["w"] = pointer(tensor(w).dtype)
@@ -124,7 +131,7 @@ def _combine(op: Op, device: GPU) -> dict[str, Any]:
         "slot_type": pointer(tensor(slot).dtype) if slot is not None else None,
         "plus": plus is not None,
         "signature_lines": signature_lines(signature | {"y": pointer(y.dtype)}),
-        "rows_dtype": tensor(rows).dtype,
+        "rows_dtype": rows.dtype,
         "to": y.dtype,
     }
 

@@ -66,6 +66,19 @@ def _product(op: Op) -> Amount:
     return bytes_of(op.results[0].type)
 
 
+def _by_slot(op: Op) -> Amount:
+    """The products before they are summed."""
+    return bytes_of(op.product_type())  # type: ignore[attr-defined]
+
+
+def _summed(op: Op) -> Amount:
+    """All products and one expert's, then below fp32 all of them widened, and the sums."""
+    rows = op.product_type()  # type: ignore[attr-defined]
+    return _by_slot(op) * 2 + _in_fp32(
+        [rows, *(v.type for v in (*op.operands[5:], *op.results) if v is not None)]
+    )
+
+
 def _gathered(op: Op) -> Amount:
     """One expert's rows, a copy of them for oneDNN, and their product in fp32 with the activation's."""
     bits = _type(op, 0).dtype.bits
@@ -130,6 +143,9 @@ WORKSPACE: dict[str, Workspace] = {
     "onednn.grouped_linear": lambda op: _product(op) + _rows(op),
     "torch.gather_grouped_linear": _gathered,
     "onednn.gather_grouped_linear": _gathered,
+    "torch.grouped_linear_combine": _summed,
+    "onednn.grouped_linear_combine": lambda op: _summed(op) + _rows(op),
+    "torch.emulated_fp8_grouped_linear_combine": lambda op: with_weights(op) + _summed(op),
     "torch.emulated_fp8_linear": with_weights,
     "torch.emulated_fp8_grouped_linear": with_weights,
     "torch.emulated_fp8_gather_grouped_linear": lambda op: with_weights(op) + _gathered(op),
@@ -148,4 +164,6 @@ WORKSPACE: dict[str, Workspace] = {
     "triton.sort_by_expert": _counts,
     "triton.local_sort": _counts,
     "triton.combine": _places,
+    "triton.grouped_linear_combine": _by_slot,
+    "triton.fp8_grouped_linear_combine": _by_slot,
 }

@@ -138,10 +138,9 @@ class ExpertProduct(Op):
     x: Any
     w: Any
     off: Any
-    to: Any
 
-    def weights(self, sorted: Value) -> TensorType:
-        """The type of w, once it fits x, off and the groups that ``sorted`` is in."""
+    def expert_weights(self, sorted: Value, to: Any) -> TensorType:
+        """The type of w, once it fits x, off and the groups that ``sorted`` is in; ``to``: of the result."""
         self.tensor(self.x, 2, scaled=True)
         self.tensor(self.w, 3, scaled=True)
         (x, w), off = product_types(self, self.x, self.w), self.integers(self.off, 1)
@@ -150,8 +149,8 @@ class ExpertProduct(Op):
         groups = self.tensor(sorted, scaled=True).groups
         if groups is not None:
             self.same("the number of groups", groups, sorted, w.shape[0], self.w)
-        if self.to not in (None, x.dtype) and not x.scale:
-            raise self.mismatch(f"to is {self.to}, but only a product of scaled operands leaves their dtype")
+        if to not in (None, x.dtype) and not x.scale:
+            raise self.mismatch(f"to is {to}, but only a product of scaled operands leaves their dtype")
         return w
 
     def choices(self) -> Choices | None:
@@ -185,7 +184,7 @@ class GroupedLinear(ExpertProduct, name="grouped_linear"):
     y = result("[R~E, N]; with slot [R, N], in the order of the slots")
 
     def infer(self) -> TensorType:
-        w, x = self.weights(self.x), self.tensor(self.x, scaled=True)
+        w, x = self.expert_weights(self.x, self.to), self.tensor(self.x, scaled=True)
         y = TensorType(product_dtype(self, x, self.to), (x.shape[0], w.shape[1]), w.shape[0])
         if self.slot is None:
             return y
@@ -238,7 +237,7 @@ class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
 
     def infer(self) -> TensorType:
         slot = self.integers(self.slot, 1)
-        w = self.weights(self.slot)
+        w = self.expert_weights(self.slot, self.to)
         if self.per_row < 1:
             raise self.mismatch(f"per_row is {self.per_row}")
         width = w.shape[1]
@@ -335,3 +334,59 @@ class Combine(Op, name="combine"):
         if plus is not None:
             y = y + plus.float()
         return y.to(to.torch if to is not None else rows.dtype)
+
+
+class GroupedLinearCombine(ExpertProduct, name="grouped_linear_combine"):
+    """``grouped_linear`` with ``slot``, then ``combine`` without, in one go and bit for bit.
+
+    y[t] = Σ_j weights[t, j] · (the row of slot t·k + j times its expert's weights), in the order of j in
+    fp32, rounded once; each product is rounded to ``rows`` before it is weighted. A slot that no expert owns
+    counts as zeros. ``plus`` is added before the last rounding.
+    """
+
+    x = operand("[T·k~E, K]")
+    w = operand("[E, N, K]")
+    off = operand("[E+1] int32")
+    slot = operand("[T·k] int32: each of 0..T·k-1 once; row r is that of slot[r]")
+    weights = operand("[T, k]")
+    plus = operand("[T, N]", optional=True)
+    order = attr(choice("slot"), "slot", doc="the order of the sum: by slot")
+    rows = attr(DTYPE, None, doc="dtype of the products of scaled operands, bf16 where it is left out")
+    to = attr(DTYPE, None, doc="dtype of the result, that of the products where it is left out")
+    y = result("[T, N]")
+
+    def infer(self) -> TensorType:
+        rows, of_token = self.product_type(), self.tensor(self.weights, 2)
+        self.same("T·k", self.x.type.shape[0], self.x, of_token.numel, self.weights)
+        y = TensorType(self.to or rows.dtype, (of_token.shape[0], rows.shape[1]))
+        if self.plus is not None and self.tensor(self.plus).shape != y.shape:
+            raise self.mismatch(f"{self.plus.text} is {self.plus.type} but the result {y}")
+        return y
+
+    def product_type(self) -> TensorType:
+        """Of the products, [T·k, N], in the order of the slots."""
+        w, x = self.expert_weights(self.x, self.rows), self.tensor(self.x, scaled=True)
+        slot = self.integers(self.slot, 1)
+        self.same("R", x.shape[0], self.x, slot.shape[0], self.slot)
+        return TensorType(product_dtype(self, x, self.rows), (x.shape[0], w.shape[1]))
+
+    def cost(self) -> Cost:
+        """The products still go through memory: they are written, then read by who sums them."""
+        rows = self.product_type()
+        return self.product_cost(rows.shape[0]) + Cost(2 * rows.numel, 2 * rows.nbytes)
+
+    @staticmethod
+    def reference(
+        x: Any,
+        w: Any,
+        off: torch.Tensor,
+        slot: torch.Tensor,
+        weights: torch.Tensor,
+        plus: torch.Tensor | None = None,
+        *,
+        order: str,
+        rows: Any,
+        to: Any,
+    ) -> torch.Tensor:
+        products = GroupedLinear.reference(x, w, off, slot, to=rows)
+        return Combine.reference(products, None, weights, plus, order=order, to=to)

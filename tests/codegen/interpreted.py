@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 from triton.runtime.interpreter import interpreter_builder
 
+from moec.runtime import counters
 from moec.runtime.triton_mode import interpreting
 from tests.codegen import interpreter_casts, triton_kernels
 
@@ -68,17 +69,24 @@ def call(op: Any, text: str, folder: Path, *operands: Any) -> Any:
     """What the kernel makes of ``operands``.
 
     It must be the same bits whether its programs run from first to last or from last to first: then none
-    writes what is another's.
+    writes what is another's, and sums are in one order whoever comes last. Counters are left as zeros.
     """
-    forwards = triton_kernels.call(op, text, folder, *operands)
-    index = interpreter_builder.set_grid_idx
+    taken: list[torch.Tensor] = []
+    index, zeroed = interpreter_builder.set_grid_idx, counters.zeroed
 
     def mirrored(x: int, y: int, z: int) -> None:
         index(interpreter_builder.grid_dim[0] - 1 - x, y, z)
 
-    with patch.object(interpreter_builder, "set_grid_idx", mirrored):
-        backwards = triton_kernels.call(op, text, folder, *operands)
+    def counted(device: torch.device, words: int) -> torch.Tensor:
+        taken.append(zeroed(device, words))
+        return taken[-1]
+
+    with patch.object(counters, "zeroed", counted):
+        forwards = triton_kernels.call(op, text, folder, *operands)
+        with patch.object(interpreter_builder, "set_grid_idx", mirrored):
+            backwards = triton_kernels.call(op, text, folder, *operands)
     torch.testing.assert_close(backwards, forwards, rtol=0, atol=0, equal_nan=True)
+    assert not any(t.any() for t in taken)
     return forwards
 
 

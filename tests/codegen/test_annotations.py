@@ -48,30 +48,29 @@ def edited(old: str, new: str) -> Module:
 
 def test_an_edited_kernel_is_emitted() -> None:
     before = sources(edited("", ""))
-    after = sources(edited("kernel=triton.combine", "kernel=torch.combine"))
-    assert "triton" in before["kernels/combine.py"] and "triton" not in after["kernels/combine.py"]
-    assert "torch.baddbmm" in after["kernels/combine.py"]
+    after = sources(edited("kernel=triton.route_sort", "kernel=torch.route_sort"))
+    assert "triton" in before["kernels/route_sort.py"] and "triton" not in after["kernels/route_sort.py"]
+    assert "stable=True" in after["kernels/route_sort.py"]
     assert emitted_by(edited("", ""), "sm_90a")["triton"] == [
-        "combine",
         "gather_grouped_linear",
-        "grouped_linear",
+        "grouped_linear_combine",
         "route_sort",
     ]
 
 
 def ladders(module: Module) -> list[list[tuple[float, str]]]:
-    """What the host picks variants by: (rows an expert below which, tile) for each kernel function."""
-    tree = ast.parse(sources(module)["kernels/grouped_linear.py"])
+    """What the host picks variants for few tokens by: (rows an expert below which, tile), by function."""
+    tree = ast.parse(sources(module)["kernels/grouped_linear_combine.py"])
     found = []
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith("_LADDER"):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith("_FEW"):
             rungs = [ast.unparse(item).strip("()").split(", ") for item in node.value.elts]  # type: ignore[attr-defined]
             found.append([(float(eval(below)), tile.strip("'")) for below, _, tile in rungs])
     return found
 
 
 def test_an_edited_schedule_is_emitted() -> None:
-    mark = 'kernel=triton.grouped_linear, schedule="'
+    mark = 'kernel=triton.grouped_linear_combine, schedule="'
     (before,) = ladders(edited("", ""))
     (after,) = ladders(edited(mark, f"{mark}<0.5 rows: rows 64x64x64 w4 s3; "))
     assert after == [(0.5, "64x64x64w4s3"), *before]
@@ -80,12 +79,11 @@ def test_an_edited_schedule_is_emitted() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ("kernel=triton.combine", "kernel=triton.combined", UnknownKernel),
-        ("kernel=triton.combine", "kernel=triton.combine, schedule=none", BadSchedule),
+        ("kernel=triton.route_sort", "kernel=triton.route_sorted", UnknownKernel),
         ("kernel=triton.route_sort", "kernel=triton.route_sort, schedule=none", BadSchedule),
         (
-            'grouped_linear, schedule="',
-            'grouped_linear, schedule="<1 rows: rows 64x64x64; ',
+            'grouped_linear_combine, schedule="',
+            'grouped_linear_combine, schedule="<1 rows: rows 64x64x64; ',
             BadSchedule,
         ),
         ("layers=0..0", "kernel=torch.call, layers=0..0", UnknownKernel),

@@ -82,6 +82,19 @@ def test_combine(placed: bool, plus: bool, tokens: int, dtype: torch.dtype) -> N
     check("combine", rows, slot, w, randn(dtype, tokens, 5) if plus else None)
 
 
+@DTYPES
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+@pytest.mark.parametrize("plus", [False, True])
+def test_grouped_linear_combine(plus: bool, tokens: int, dtype: torch.dtype) -> None:
+    slot, off = sort(ID[:tokens])
+    rows, w, by_token = (
+        randn(dtype, tokens * K, 5),
+        randn(dtype, EXPERTS, 6, 5),
+        randn(torch.float32, tokens, K),
+    )
+    check("grouped_linear_combine", rows, w, off, slot, by_token, randn(dtype, tokens, 6) if plus else None)
+
+
 def test_slots_are_what_the_ir_says_that_kernels_of_another_kind_read() -> None:
     """PyTorch sorts to int64; a Triton kernel beside it takes pointers to int32."""
     function = Function("f")

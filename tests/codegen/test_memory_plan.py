@@ -193,6 +193,13 @@ KERNELS: dict[str, tuple[Any, list[tuple[Any, ...]], list[torch.Tensor]]] = {
         [(N, 32), (R,), (4,)],
         [SLOT, ONE_EXPERT],
     ),
+    "grouped_linear_combine": (
+        lambda b, x, off, slot: b.grouped_linear_combine(
+            x, b.param("w", (3, 32, 64)), off, slot, b.param("weights", (ROWS, 2), f32)
+        ),
+        [(2 * ROWS, 64), (4,), (2 * ROWS,)],
+        [ONE_EXPERT, SLOT],
+    ),
     "combine": (
         lambda b, x, slot: b.combine(x, slot, b.param("w", (ROWS, 2), f32)),
         [(2 * ROWS, 64), (2 * ROWS,)],

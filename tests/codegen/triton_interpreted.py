@@ -40,6 +40,7 @@ SCHEDULES = st.builds(
     block_k=st.sampled_from([16, 32]),
     warps=st.just(4),
     stages=st.just(3),
+    split=st.sampled_from([1, 1, 2, 4]),
 )
 # With and without tensor descriptors; columns and depths that end inside a tile, rows in pieces of 4 bytes.
 TARGETS = st.sampled_from(["sm_80", "sm_90a"])

@@ -12,6 +12,7 @@ from typing import Any
 from moec.codegen.kernels import KERNELS
 from moec.codegen.kernels.triton import TritonKernel, kernel_file, tensor
 from moec.codegen.kernels.triton_grouped import constants_of
+from moec.codegen.kernels.triton_grouped_combine import combined_constants
 from moec.codegen.render import render_python
 from moec.codegen.schedules import Schedule
 from moec.ir.devices import GPUS
@@ -104,6 +105,33 @@ def combine_op(rows: str, w: str, to: str, k: int, width: int, slot: bool, plus:
     return op(args, line, f"{to}[T,{width}]")
 
 
+def grouped_combine_op(
+    dtype: str,
+    experts: int,
+    columns: int,
+    depth: int,
+    k: int,
+    *,
+    scales: tuple[str, str] = ("", ""),
+    rows: str = "bf16",
+    weights: str = "f32",
+    to: str = "",
+    plus: str | None = None,
+) -> Op:
+    """A grouped product whose rows are summed by token; with ``scales`` ``rows`` is their dtype."""
+    x_scale, w_scale = (f"@s{block}" if block else "" for block in scales)
+    args = [
+        f"%x: {dtype}[{k}*T~{experts},{depth}]{x_scale}",
+        f"%w: {dtype}[{experts},{columns},{depth}]{w_scale}",
+    ]
+    args += [f"%off: i32[{experts + 1}]", f"%slot: i32[{k}*T~{experts}]", f"%weights: {weights}[T,{k}]"]
+    args += [f"%plus: {plus}[T,{columns}]"] if plus else []
+    made = rows if x_scale else dtype
+    attrs = [f"rows={rows}"] * bool(x_scale) + [f"to={to}"] * bool(to)
+    line = f"grouped_linear_combine(%x, %w, %off, %slot, %weights{', %plus' if plus else ''})"
+    return op(args, line + (f" {{{', '.join(attrs)}}}" if attrs else ""), f"{to or made}[T,{columns}]")
+
+
 def sort_op(k: int, experts: int) -> Op:
     text = f"sort_by_expert(%id) {{experts={experts}}}"
     return op([f"%id: i32[T,{k}]"], text, f"i32[{k}*T~{experts}], i32[{experts + 1}]")
@@ -156,7 +184,8 @@ def source(op: Op, target: str = "sm_90a", schedules: list[Schedule] | None = No
     if schedules is None:
         return kernel_file([kernel], [kernel.render(op, op.name, target)], target)
     rungs = [(float(i + 1), s) for i, s in enumerate(schedules[:-1])] + [(math.inf, schedules[-1])]
-    constants = constants_of(op, GPUS[target], rungs)
+    made = combined_constants if op.name == "grouped_linear_combine" else constants_of
+    constants = made(op, GPUS[target], rungs)
     return kernel_file([kernel], [render_python(kernel.template, name=op.name, **constants)], target)
 
 

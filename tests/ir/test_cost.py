@@ -135,6 +135,20 @@ def test_the_fused_products_move_neither_gathered_rows_nor_gate_and_up(grouped: 
     )
 
 
+def test_products_that_are_summed_in_one_go_still_move_there_and_back() -> None:
+    """What the two ops move, but for nothing: one launch less is all that it saves."""
+    h = "%h: bf16[8*T~256,2048], %w: bf16[256,7168,2048], %o: i32[257], %s: i32[8*T~256], %g: f32[T,8]"
+    h += ", %p: bf16[T,7168]"
+    both = op_cost(line("%y = grouped_linear_combine(%h, %w, %o, %s, %g, %p) : bf16[T,7168]", h))
+    product = op_cost(line("%d = grouped_linear(%h, %w, %o, %s) : bf16[8*T,7168]", h))
+    d = "%d: bf16[8*T,7168], %g: f32[T,8], %p: bf16[T,7168]"
+    summed = op_cost(line("%y = combine(%d, _, %g, %p) : bf16[T,7168]", d))
+    assert at(both, T=64) == pytest.approx(
+        [a + b for a, b in zip(at(product, T=64), at(summed, T=64), strict=True)]
+    )
+    assert (both.launches, product.launches + summed.launches) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "args", "flops", "nbytes"),
     [

@@ -52,6 +52,11 @@ GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
     ),
     "gather_rows": (["bf16[N,64]", "i32[8*N~256]"], {"per_row": 8}, "bf16[8*N~256,64]"),
     "grouped_linear": (["bf16[8*N~256,64]", "bf16[256,32,64]", "i32[257]"], {}, "bf16[8*N~256,32]"),
+    "grouped_linear_combine": (
+        ["bf16[8*N~256,64]", "bf16[256,32,64]", "i32[257]", "i32[8*N~256]", "f32[N,8]", "bf16[N,32]"],
+        {},
+        "bf16[N,32]",
+    ),
     "kv_cache_write": (
         [
             "cache<bf16[8,128], page=64>",
@@ -330,6 +335,17 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("hash_route", {"k": 8}, "k is 8, but %table names 6 experts a token"),
     ("hash_route", {1: "f32[1000,6]"}, "%table is f32[1000,6], not integers"),
     ("hash_route", {2: "i64[T]"}, "T is N in %logits but T in %tokens"),
+    ("grouped_linear_combine", {1: "bf16[256,32,63]"}, "K is 64 in %x but 63 in %w"),
+    ("grouped_linear_combine", {2: "i32[256]"}, "E+1 is 257 in %w but 256 in %off"),
+    ("grouped_linear_combine", {3: "i32[N]"}, "R is 8*N in %x but N in %slot"),
+    ("grouped_linear_combine", {3: "f32[8*N]"}, "%slot is f32[8*N], not integers"),
+    ("grouped_linear_combine", {4: "f32[N,4]"}, "T·k is 8*N in %x but 4*N in %weights"),
+    ("grouped_linear_combine", {5: "bf16[N,31]"}, "%plus is bf16[N,31] but the result bf16[N,32]"),
+    (
+        "grouped_linear_combine",
+        {"rows": f32},
+        "to is f32, but only a product of scaled operands leaves their dtype",
+    ),
     ("head_linear", {0: "bf16[N,64]"}, "%x is bf16[N,64], not of rank 3"),
     ("head_linear", {1: "bf16[32,64]"}, "%w is bf16[32,64], not of rank 3"),
     (

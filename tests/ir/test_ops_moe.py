@@ -288,6 +288,37 @@ def test_combine_sums_in_the_order_of_the_choices() -> None:
     assert reference("combine", rows, None, w).tolist() == [[1 - big + big]]
 
 
+@given(id_tables, st.booleans(), st.booleans())
+def test_grouped_linear_combine(case: tuple[torch.Tensor, int], plus: bool, wide: bool) -> None:
+    """Token by token in double precision; and to the last bit the two ops that it stands for."""
+    id, experts = case
+    (tokens, k) = id.shape
+    torch.manual_seed(tokens)
+    slot, off = reference("sort_by_expert", id, experts=experts)
+    x, w = torch.randn(tokens * k, 3).bfloat16(), torch.randn(experts, 5, 3).bfloat16()
+    x[off[-1] :] = torch.nan  # never read
+    weights, shared = torch.randn(tokens, k), torch.randn(tokens, 5).bfloat16() if plus else None
+    found = reference("grouped_linear_combine", x, w, off, slot, weights, shared, to=f32 if wide else None)
+    place = {int(s): row for row, s in enumerate(slot)}
+    exact = shared.double() if shared is not None else torch.zeros(tokens, 5, dtype=torch.float64)
+    for t in range(tokens):
+        for j, e in enumerate(id[t].tolist()):
+            if 0 <= e < experts:
+                product = (w[e].double() @ x[place[t * k + j]].double()).bfloat16()
+                exact[t] += weights[t, j].double() * product.double()
+    assert found.dtype == (torch.float32 if wide else torch.bfloat16)
+    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-7)
+    rows = reference("grouped_linear", x, w, off, slot)
+    assert torch.equal(found, reference("combine", rows, None, weights, shared, to=f32 if wide else None))
+
+
+def test_grouped_linear_combine_rounds_the_products_first() -> None:
+    """As the rows between two ops would be: 257 is no bf16, 256 is; times 2 that shows."""
+    x, w = torch.tensor([[1.0, 1.0]]).bfloat16(), torch.tensor([[[256.0, 1.0]]]).bfloat16()
+    args = x, w, ints(0, 1), ints(0), torch.tensor([[2.0]])
+    assert reference("grouped_linear_combine", *args, to=f32).item() == 512.0
+
+
 @given(id_tables)
 def test_a_layer_grouped_is_a_layer_expert_by_expert(case: tuple[torch.Tensor, int]) -> None:
     id, experts = case

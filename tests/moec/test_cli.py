@@ -382,7 +382,7 @@ def test_bench_refuses_what_does_not_fit(cli: Cli, built: Path, layer_package: P
 
 def test_list_kernels_says_who_emits_an_op(cli: Cli) -> None:
     on = {row["op"]: row["on sm_90a"] for row in cli("list", "kernels", "--json").json()}
-    assert on["gather_grouped_linear"] == on["combine"] == "Triton"
+    assert on["gather_grouped_linear"] == on["grouped_linear_combine"] == "Triton"
     assert on["attention"] == "PyTorch"
     here = {row["on cpu"] for row in cli("list", "kernels", "--target", "cpu", "--json").json()}
     assert here == {"PyTorch"}

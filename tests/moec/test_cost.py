@@ -130,7 +130,7 @@ def test_specs_naive_and_optimised_and_packages(cli: Cli, built: Path) -> None:
     assert entry["total"]["launches"] < naive["total"]["launches"] / 2
     gpu = cli("show", PRESET, "-O", "2", "--target", "sm_90a", "--cost", "--at", "T=8").out
     emitters = {line.split()[1]: line.split()[-1] for line in gpu.splitlines() if line.startswith("%")}
-    assert (emitters["grouped_linear"], emitters["linear"]) == ("Triton", "PyTorch")
+    assert (emitters["grouped_linear_combine"], emitters["linear"]) == ("Triton", "PyTorch")
     package = cli("show", built, "--cost", "--at", "T=8,S=100")
     assert package.code == 0 and "in all" in package.out
     assert "grouped_linear" not in cli("show", PRESET, "--plain").out

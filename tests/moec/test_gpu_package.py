@@ -53,12 +53,14 @@ def test_its_kernels_are_compiled_and_described(built: moec.Built) -> None:
         assert facts["spill_stores"] == facts["spill_loads"] == 0, kernel["kernel"]
         assert facts["shared_static"] + facts["shared_dynamic"] <= 232_448
     for kernel in products:
+        if kernel["kernel"].endswith("_tokens_sum"):
+            continue  # where tokens are many, the sum is a kernel of its own
         assert any(name.startswith("HGMMA") for name in kernel["facts"]["matrix"]), kernel["kernel"]
 
 
 def test_a_fused_op_is_one_call(built: moec.Built) -> None:
     code = (built.path / "model.py").read_text(encoding="utf-8")
-    for call in ("route_sort(", "gather_grouped_linear(", "grouped_linear(h,", "combine("):
+    for call in ("route_sort(", "gather_grouped_linear(", "grouped_linear_combine("):
         assert code.count(f"= {call}") == 1
     assert "mlp_in[" not in code and "swiglu(gu)" in code  # the shared expert's; the routed ones' is fused
 

@@ -238,8 +238,7 @@ def test_a_gpus_pipeline_fuses_the_permutation(limit: float | None) -> None:
         "local_sort",
         "gather_grouped_linear",
         *clamped,
-        "grouped_linear",
-        "combine",
+        "grouped_linear_combine",
     ]
     one.ids[2, 1], one.weights[2, 1] = 4, math.nan
     (y,) = Interpreter(module, {}).run("forward", *one.args, one.x)
