@@ -280,36 +280,6 @@ def test_square_roots_of_softplus_where_it_vanishes() -> None:
     torch.testing.assert_close(w.double(), expected, rtol=1e-6, atol=0, equal_nan=True)
 
 
-FAR = (1 << 31) // 16 + 3  # a row of 16 values beyond the reach of 32-bit offsets
-
-
-@pytest.mark.parametrize("form", ["rows", "swapped"])
-def test_tokens_beyond_32_bits(form: Any) -> None:
-    """4 GiB of tokens that nobody touches but two, so that they take no memory."""
-    x = torch.empty(FAR + 1, 16, dtype=torch.float16)
-    x[[2, FAR]] = normal(15, 2, 16, dtype=x.dtype)
-    w = normal(16, 1, 16, 16, dtype=x.dtype) / 4
-    slot, off = torch.tensor([FAR, 2], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
-    op = grouped_op("f16", 1, 16, 16, gather=True)
-    text = source(op, "sm_80", [Schedule(form, 16, 16, 16, 4, 3)])
-    found = call(op, text, FOLDER["kernels"], x, w, slot, off)
-    close(found, type(op).reference(x, w, slot, off, **op.attrs))
-
-
-@pytest.mark.parametrize("form", ["rows", "swapped"])
-@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
-def test_weights_beyond_32_bits(form: Any, target: str) -> None:
-    """Only the last of 2049 experts has rows, and only its weights exist."""
-    w = torch.empty(2049, 1024, 1024, dtype=torch.float16)
-    w[-1] = normal(17, 1024, 1024, dtype=w.dtype) / 32
-    x = normal(18, 3, 1024, dtype=w.dtype)
-    off = torch.zeros(2050, dtype=torch.int32)
-    off[-1] = 3
-    op = grouped_op("f16", 2049, 1024, 1024)
-    found = call(op, source(op, target, [Schedule(form, 16, 256, 256, 4, 3)]), FOLDER["kernels"], x, w, off)
-    close(found, (x.float() @ w[-1].float().T).half())
-
-
 def test_a_layer_of_experts() -> None:
     """The four kernels in a row, tokens of other ranks included: what the ops' references make of it."""
     experts, k, width, inner = 5, 3, 40, 24
