@@ -13,6 +13,7 @@ from typing import Any
 
 from moec.codegen.kernel_files import Kernels
 from moec.codegen.kernels import Inline, Templated, select
+from moec.codegen.kernels.cuda import CudaKernel
 from moec.codegen.kernels.record import emits_nothing
 from moec.codegen.kernels.triton import TritonKernel
 from moec.codegen.parameters import VIEWS
@@ -312,7 +313,7 @@ def _module_source(
                 emits_nothing(op)
                 continue
             record = select(op, kernels.target)
-            if isinstance(record, Templated | TritonKernel):
+            if isinstance(record, Templated | TritonKernel | CudaKernel):
                 kernels.function(op, record)
     drops = planned_drops(module, target) if kernels.target == target else {}
     emitters = [FunctionEmitter(f, module, kernels, names, drops.get(f.name)) for f in inner_first]

@@ -73,6 +73,14 @@ def render_python(template: str, **values: Any) -> str:
     return source
 
 
+def render_text(template: str, **values: Any) -> str:
+    """The rendered template, which is no Python: CUDA C++."""
+    try:
+        return environment().get_template(template).render(**values)
+    except jinja2.TemplateError as error:
+        raise InternalError(f"{template}: {error}") from error
+
+
 class Names:
     """Python identifiers for the names of one scope: readable, valid, and each used once."""
 

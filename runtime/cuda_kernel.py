@@ -89,6 +89,10 @@ class CudaKernel(Launchable):
             for name, variant in self.variants.items()
         ]
 
+    def runs_on(self, x: torch.Tensor) -> bool:
+        """Whether it can be launched on tensors that are where ``x`` is."""
+        return x.is_cuda
+
     def twins(self) -> dict[str, bool]:
         return dict.fromkeys(self.variants, False)
 

@@ -2,7 +2,8 @@
 
 A record is one object in one file of this folder. ``Inline`` writes an expression into ``model.py``;
 ``Templated`` renders a function of its own into ``kernels/``, its op's attributes folded in. Both are PyTorch
-and serve every target. ``TritonKernel`` (triton.py) is a kernel for GPUs; it goes before them.
+and serve every target. ``CudaKernel`` (cuda.py) and ``TritonKernel`` (triton.py) are kernels for GPUs; they
+go before them.
 
 A scaled value is one Python value, ``Scaled(q, scale)``. An ``Inline`` expression gets its name; a kernel
 function gets ``x.q, x.scale`` in place of ``x``, and returns a ``Scaled``.
@@ -16,6 +17,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, ClassVar
 
+from moec.codegen.kernels.cuda import CudaKernel
 from moec.codegen.kernels.record import Record, refuse
 from moec.codegen.kernels.triton import TritonKernel
 from moec.codegen.kernels.workspace import Workspace, wide_copies
@@ -78,11 +80,11 @@ def quantises(op: Op) -> list[str]:
     return ["the result is quantised"] if op.attrs["quant"] else []
 
 
-Kernel = Inline | Templated | TritonKernel
+Kernel = Inline | Templated | TritonKernel | CudaKernel
 KERNELS: list[Kernel] = []
 _BY_NAME: dict[str, Kernel] = {}
 _BY_OP: dict[str, list[Kernel]] = {}  # in the order in which they are tried
-_ORDER = (TritonKernel, Templated, Inline)
+_ORDER = (CudaKernel, TritonKernel, Templated, Inline)
 
 
 def register(*kernels: Kernel) -> None:
@@ -104,8 +106,9 @@ def serving(op_name: str, target: str) -> list[Kernel]:
 def select(op: Op, target: str) -> Kernel:
     """The record that emits ``op`` for ``target``: the one its ``kernel`` names, else the first that can.
 
-    Tried are Triton's, then a function, then an expression. Raises UnknownKernel where the named one can't,
-    BadSchedule where the op's ``schedule`` is not one of the kernel's, InternalError where there is none.
+    Tried are CUDA's, Triton's, then a function, then an expression. Raises UnknownKernel where the named one
+    can't, BadSchedule where the op's ``schedule`` is not one of the kernel's, InternalError where there is
+    none.
     """
     name = op.annotations.get("kernel")
     kernel = _first(op, target) if name is None else _named(name, op, target)

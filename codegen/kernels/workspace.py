@@ -97,6 +97,11 @@ def _counts(op: Op) -> Amount:
     return bytes_as(_type(op, -1), bins) * (1 / 1024) + Amount.of(bins // 8)
 
 
+def _counts_of_blocks(op: Op) -> Amount:
+    """Each block's count of each expert; a block has at least 8 tokens."""
+    return bytes_as(_type(op, 0), 32) * (1 / 8) + Amount.of(4 * _type(op, 0).shape[1])
+
+
 def _places(op: Op) -> Amount:
     """Where the row of each slot lies."""
     return NOTHING if op.operands[1] is None else bytes_as(_type(op, 1), 32)
@@ -163,6 +168,7 @@ WORKSPACE: dict[str, Workspace] = {
     "torch.merge_rows": nothing,
     "triton.sort_by_expert": _counts,
     "triton.local_sort": _counts,
+    "cuda.route_sort": _counts_of_blocks,
     "triton.combine": _places,
     "triton.grouped_linear_combine": _by_slot,
     "triton.fp8_grouped_linear_combine": _by_slot,

@@ -124,7 +124,6 @@ class RouteSort(Route, name="route_sort"):
     Expert e owns rows off[e]:off[e+1] of the sorted order.
     """
 
-    launches = 2  # the order needs every token's choice
     slot = result("[T·(k + shared)] int32")
     off = result("[E + shared + 1] int32")
 

@@ -71,7 +71,7 @@ def command(
 
 
 # How a report calls the families of kernels that emit ops for GPUs.
-FAMILIES = {"triton": "Triton", "torch": "still PyTorch"}
+FAMILIES = {"triton": "Triton", "cuda": "CUDA", "torch": "still PyTorch"}
 
 
 def report(built: Any, seconds: float) -> None:

@@ -23,7 +23,7 @@ def emitted(target: str) -> Rows:
         kernels = serving(op, goal.name)
         first = kernels[0]
         source = "an expression" if isinstance(first, Inline) else first.template
-        family = "Triton" if first.family == "triton" else "PyTorch"
+        family = {"triton": "Triton", "cuda": "CUDA"}.get(first.family, "PyTorch")
         rows.append([op, family, source, ", ".join(k.name for k in kernels)])
     return ["op", f"on {goal.name}", "from", "kernels, the first that can is taken"], rows
 

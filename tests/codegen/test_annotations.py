@@ -48,14 +48,15 @@ def edited(old: str, new: str) -> Module:
 
 def test_an_edited_kernel_is_emitted() -> None:
     before = sources(edited("", ""))
-    after = sources(edited("kernel=triton.route_sort", "kernel=torch.route_sort"))
-    assert "triton" in before["kernels/route_sort.py"] and "triton" not in after["kernels/route_sort.py"]
+    after = sources(edited("kernel=cuda.route_sort", "kernel=torch.route_sort"))
+    assert "kernels/route_sort.cu" in before and "kernels/route_sort.cu" not in after
+    assert "CudaKernel(" in before["kernels/route_sort.py"] and "Cuda" not in after["kernels/route_sort.py"]
     assert "stable=True" in after["kernels/route_sort.py"]
     assert emitted_by(edited("", ""), "sm_90a")["triton"] == [
         "gather_grouped_linear",
         "grouped_linear_combine",
-        "route_sort",
     ]
+    assert emitted_by(edited("", ""), "sm_90a")["cuda"] == ["route_sort"]
 
 
 def ladders(module: Module) -> list[list[tuple[float, str]]]:
@@ -79,8 +80,8 @@ def test_an_edited_schedule_is_emitted() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ("kernel=triton.route_sort", "kernel=triton.route_sorted", UnknownKernel),
-        ("kernel=triton.route_sort", "kernel=triton.route_sort, schedule=none", BadSchedule),
+        ("kernel=cuda.route_sort", "kernel=cuda.route_sorted", UnknownKernel),
+        ("kernel=cuda.route_sort", "kernel=cuda.route_sort, schedule=none", BadSchedule),
         (
             'grouped_linear_combine, schedule="',
             'grouped_linear_combine, schedule="<1 rows: rows 64x64x64; ',

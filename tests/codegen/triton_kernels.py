@@ -143,13 +143,23 @@ def local_sort_op(k: int, experts: int, first: int, dtype: str = "f32", ids: str
     return op(args, f"local_sort(%w, %id) {text}", type)
 
 
-def route_op(name: str, experts: int, k: int, dtype: str = "f32", bias: bool = False, **attrs: Any) -> Op:
-    """``route`` or ``route_sort`` of logits and a bias of these."""
+def route_op(
+    name: str,
+    experts: int,
+    k: int,
+    dtype: str = "f32",
+    bias: str | bool = False,
+    to: str = "f32",
+    **attrs: Any,
+) -> Op:
+    """``route`` or ``route_sort`` of logits and a bias of these dtypes (True: f32), weights of ``to``."""
     shared = attrs.get("shared", 0)
-    args = [f"%logits: {dtype}[T,{experts}]", *([f"%bias: f32[{experts}]"] if bias else [])]
+    bias_type = "f32" if bias is True else bias
+    args = [f"%logits: {dtype}[T,{experts}]", *([f"%bias: {bias_type}[{experts}]"] if bias else [])]
+    attrs |= {"dtype": to} if to != "f32" else {}
     given = ", ".join(f"{key}={str(v).lower()}" for key, v in sorted({"k": k, **attrs}.items()))
     width, every = k + shared, experts + shared
-    type = f"{attrs.get('dtype', 'f32')}[T,{width}], i32[T,{width}]"
+    type = f"{to}[T,{width}], i32[T,{width}]"
     type += f", i32[{width}*T~{every}], i32[{every + 1}]" if name == "route_sort" else ""
     return op(args, f"{name}(%logits{', %bias' if bias else ''}) {{{given}}}", type)
 

@@ -8,6 +8,7 @@ import pytest
 
 from moec.codegen import TARGETS
 from moec.codegen.kernels import KERNELS, Inline, Kernel
+from moec.codegen.kernels.cuda import CudaKernel
 from moec.codegen.kernels.triton import TritonKernel
 from moec.codegen.render import TEMPLATES, environment
 from moec.ir.op import OPS
@@ -21,6 +22,7 @@ FRAMES = {
     "python/kernels_init.py.jinja",
     "python/kernel_file.py.jinja",
     "triton/kernel_file.py.jinja",
+    "cuda/kernel_file.py.jinja",
 }
 
 
@@ -31,6 +33,7 @@ def without_kernel(ops: set[str], kernels: list[Kernel], target: str) -> set[str
 def unused_templates(templates: set[str], kernels: list[Kernel]) -> set[str]:
     """Templates that no record renders, and no template that one renders includes or imports."""
     used = {k.template for k in kernels if not isinstance(k, Inline)}
+    used |= {k.source for k in kernels if isinstance(k, CudaKernel)}
     used |= {helper for k in kernels if isinstance(k, TritonKernel) for helper in k.helpers}
     while True:
         text = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in sorted(used & templates))
