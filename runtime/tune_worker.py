@@ -56,7 +56,8 @@ class Measuring:
         if self.sets is None or [a for a in self.sets.arguments if a["role"] == "weights"] != fixed:
             self.sets, self.operands, self.reference = None, [], []
             self._release()
-            self.sets = Sets(arguments, self.device, cache_size(self.device))
+            cache = cache_size(self.device) if self.device == "cuda" else 0
+            self.sets = Sets(arguments, self.device, cache)
         self.operands, self.reference = [], []
         self._release()
         self.operands = self.sets.draw(arguments, choices)

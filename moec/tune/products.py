@@ -97,7 +97,7 @@ class Product:
         folder.mkdir(parents=True)
         about = {
             "name": f"{self.op.name} {schedule.text}",
-            "dtype": tensor(self.op.results[0]).dtype.name,
+            "dtype": "bf16",  # a layer's, which this isn't
             "hidden": 1,
             "vocab": None,
             "max_positions": None,
