@@ -77,3 +77,11 @@ def dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_impr
         for v in (a, b)
     ]
     return original["dot"](builder, *wide, d, input_precision, max_num_imprecise_acc)
+
+
+def in_order(builder: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
+    """a · b + d, one k after the other: NumPy's own product of a row depends on where in the tile it lies."""
+    total = np.zeros_like(d.data)
+    for k in range(a.data.shape[1]):
+        total += a.data[:, k, None].astype(np.float32) * b.data[None, k].astype(np.float32)
+    return TensorHandle(total + d.data, d.dtype.scalar)
