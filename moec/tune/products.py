@@ -18,10 +18,10 @@ from moec.codegen.schedules import Problem, Schedule
 from moec.codegen.targets import target as target_of
 from moec.ir import Function, Module
 from moec.ir.op import Op
-from moec.ir.types import symbol
+from moec.ir.types import TensorType, symbol
 
-# What operands are called, and what they hold (``runtime/draw.py``).
-ROLES = {"x": "rows", "h": "rows", "rows": "rows", "plus": "rows", "slot": "slot", "off": "off"}
+# A token's routing weights are so many at most; its activations are more.
+MOST_CHOICES = 16
 # Results of one product under two schedules are sums in another order, rounded: of the largest element.
 TOLERANCE = {"f32": 1e-4, "f16": 4e-3, "bf16": 3e-2, "f8e4m3": 1.5e-1}
 
@@ -44,8 +44,9 @@ class Product:
         return self._rows(tokens) / self.problem.experts
 
     def _rows(self, tokens: int) -> int:
-        result = tensor(self.op.results[0])
-        return int(sympy.prod(self._sizes(result.shape[:-1], tokens)))
+        given = {s.name: v for s, v in zip(self.op.operand_specs, self.op.operands, strict=False)}
+        shape = tensor(given["slot"]).shape if given.get("slot") else tensor(self.op.operands[0]).shape[:-1]
+        return int(sympy.prod(self._sizes(shape, tokens)))
 
     def arguments(self, tokens: int) -> list[dict[str, Any]]:
         """The operands as a worker draws them."""
@@ -57,7 +58,7 @@ class Product:
             found.append(
                 {
                     "name": spec.name,
-                    "role": _role(spec.name, type),
+                    "role": _role(type),
                     "dtype": type.dtype.name,
                     "shape": self._sizes(type.shape, tokens),
                     "scale": self._sizes(type.scale_shape, tokens) if type.scale else None,
@@ -127,10 +128,14 @@ def products(module: Module, target: str) -> tuple[list[Product], list[str]]:
     return ordered, list(left_out)
 
 
-def _role(name: str, type: Any) -> str:
-    if name == "w" and (type.rank < 3 and not all(isinstance(d, int) for d in type.shape)):
-        return "routing"
-    return ROLES.get(name, "weights")
+def _role(type: TensorType) -> str:
+    """What an operand holds (``runtime/draw.py``): told by its dtype, and by whether its size is fixed."""
+    fixed = all(isinstance(d, int) for d in type.shape)
+    if not type.dtype.is_float:
+        return "off" if fixed else "slot"
+    if fixed:
+        return "weights"
+    return "routing" if type.rank == 2 and type.shape[-1] <= MOST_CHOICES else "rows"
 
 
 def _weights(problem: Problem) -> int:

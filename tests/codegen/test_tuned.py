@@ -174,7 +174,7 @@ def test_a_build_says_what_it_goes_by(write: Write, tmp_path: Path) -> None:
     found = schedules(built)
     assert found["gather_grouped_linear"]["tuned"] == "Made-Up GPU, 2000-01-02"
     assert FEW.text in found["gather_grouped_linear"]["schedule"]
-    assert "tuned" not in found["grouped_linear"]
+    assert "tuned" not in found["grouped_linear_combine"]
     assert built.manifest["tuning"] == {
         "file": "made-up.json",
         "device": "Made-Up GPU",

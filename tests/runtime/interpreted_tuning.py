@@ -79,14 +79,14 @@ def edited(folder: Path, old: str, new: str) -> None:
 BAD = [
     ("total.to(y.dtype.element_ty)", "(total + 9.0).to(y.dtype.element_ty)", "off by"),
     ("    tl.store(out,", "    if first < 0:\n        tl.store(out,", "off by inf"),  # nothing is written
-    ("    rows = x.shape[0]", "    raise ValueError('no')", "ValueError: no"),
-    ("    rows = x.shape[0]", "    import os; os._exit(7)", "ended with status 7"),
-    ("    rows = x.shape[0]", "    import time; time.sleep(99)", "no result within"),
+    ("    rows = slot.shape[0]", "    raise ValueError('no')", "ValueError: no"),
+    ("    rows = slot.shape[0]", "    import os; os._exit(7)", "ended with status 7"),
+    ("    rows = slot.shape[0]", "    import time; time.sleep(99)", "no result within"),
 ]
 
 
 def test_a_bad_kernel_is_found_and_the_next_one_measured(packages: dict[str, Path], tmp_path: Path) -> None:
-    (product,) = [p for p in of(packages["f16"]) if p.op.name == "grouped_linear"]
+    (product,) = [p for p in of(packages["f16"]) if p.op.name == "gather_grouped_linear"]
     good = tmp_path / "good"
     product.write(good, space(product.problem, GPUS["sm_90a"])[0], "sm_90a")
     measurer = Measurer(real_worker("cpu"))
