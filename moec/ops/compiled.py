@@ -20,7 +20,7 @@ from moec import __version__
 from moec.config import BuildOptions
 from moec.errors import DeviceUnavailable
 from moec.ir import Builder, DType, Function, Module, TensorType, Value
-from moec.ir.types import as_dim, f32, i32, symbol
+from moec.ir.types import Dim, as_dim, f32, i32, symbol
 from moec.ops.inputs import ACTIVATIONS, E4M3
 from moec.runtime.devices import FAMILIES
 from moec.runtime.launch import preload
@@ -59,6 +59,13 @@ class Key:
     batch_invariant: bool = False
     router: tuple[tuple[str, Any], ...] = ()  # a route's attributes
     bias: torch.dtype | None = None  # of the router
+
+    @property
+    def in_place(self) -> bool:
+        """Whether sorted rows are gathered from where they are, by a slot that counts: on GPUs the product of
+        gathered rows has the activation, and in fp8 the quantisation, in its epilogue.
+        """
+        return self.form.startswith("grouped") and self.target != "cpu" and self.limit is None
 
 
 _functions: dict[Key, Compiled] = {}
@@ -204,23 +211,38 @@ def fused_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
 
 
 def grouped(b: Builder, key: Key) -> tuple[Value, ...]:
-    """(x, off, w13, w2) -> y: ``moec.ops.grouped_experts``."""
-    x = b.function.add_argument("x", TensorType(b.dtype, (symbol("R"), key.hidden), key.experts))
-    off = _argument(b, "off", key.experts + 1, dtype=key.integers)
+    """(x, off, w13, w2[, slot]) -> y: ``moec.ops.grouped_experts``."""
+    x, off = _sorted(b, key, b.dtype)
     w13, w2 = _experts(b, key)
+    if key.in_place:
+        x = b.gather_rows(x, _slot(b, key, symbol("R")), per_row=1, out="xe")
     gate_up = b.grouped_linear(x, w13, off, out="gate_up")
     return (b.grouped_linear(_activate(b, key, gate_up), w2, off, out="y"),)
 
 
 def grouped_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
-    """(x, off, w13, w2, w13_scale, w2_scale[, x_scale]) -> y: the same, quantised as in ``fused_fp8``."""
-    floats, rows = b.dtype, (symbol("R"), key.hidden)
-    x = b.function.add_argument("x", TensorType(_dtype(E4M3) if key.x_block else floats, rows, key.experts))
-    off = _argument(b, "off", key.experts + 1, dtype=key.integers)
-    xq, w13, w2 = _all_scaled(b, key, x, *_experts(b, key, E4M3))
-    gate_up = b.grouped_linear(xq, w13, off, to=floats, out="gate_up")
-    h = b.quant(_activate(b, key, gate_up), block=ROWS, out="h.q")
-    return (b.grouped_linear(h, w2, off, to=floats, out="y"),)
+    """(x, off, w13, w2[, slot], w13_scale, w2_scale[, x_scale]) -> y: the same in fp8."""
+    x, off = _sorted(b, key, _dtype(E4M3) if key.x_block else b.dtype)
+    w13, w2 = _experts(b, key, E4M3)
+    slot = _slot(b, key, symbol("R")) if key.in_place else None
+    xq, w13, w2 = _all_scaled(b, key, x, w13, w2)
+    if slot is not None:
+        act = {"act": ACTIVATIONS[key.activation], "epilogue": "swiglu"}
+        h = b.gather_grouped_linear(xq, w13, slot, off, per_row=1, **act, quant=ROWS, out="h")
+    else:
+        gate_up = b.grouped_linear(xq, w13, off, to=b.dtype, out="gate_up")
+        h = b.quant(_activate(b, key, gate_up), block=ROWS, out="h.q")
+    return (b.grouped_linear(h, w2, off, to=b.dtype, out="y"),)
+
+
+def _sorted(b: Builder, key: Key, dtype: DType) -> tuple[Value, Value]:
+    groups = None if key.in_place else key.experts
+    x = b.function.add_argument("x", TensorType(dtype, (symbol("R"), key.hidden), groups))
+    return x, _argument(b, "off", key.experts + 1, dtype=key.integers)
+
+
+def _slot(b: Builder, key: Key, rows: Dim) -> Value:
+    return b.function.add_argument("slot", TensorType(i32, (rows,), key.experts))
 
 
 def begin(b: Builder, key: Key) -> tuple[Value, ...]:
@@ -238,7 +260,7 @@ def end(b: Builder, key: Key) -> tuple[Value, ...]:
     h = b.function.add_argument("h", TensorType(b.dtype, (rows, key.width), key.experts))
     w2 = _argument(b, "w2", key.experts, key.hidden, key.width)
     weights = _argument(b, "weights", "T", key.k, dtype=key.weights)
-    slot = b.function.add_argument("slot", TensorType(i32, (rows,), key.experts))
+    slot = _slot(b, key, rows)
     off = _argument(b, "off", key.experts + 1, dtype=torch.int32)
     plus = _argument(b, "plus", "T", key.hidden, dtype=key.plus) if key.plus else None
     return (b.combine(b.grouped_linear(h, w2, off, out="down"), slot, weights, plus, out="y"),)

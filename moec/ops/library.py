@@ -191,7 +191,9 @@ def _grouped(
         batch_invariant=batch_invariant,
         **scales.constants,
     )
-    y: Tensor = call(key, x_sorted, off, w13, w2, *scales.arguments)
+    rows = x_sorted.shape[0]
+    slot = torch.arange(rows, dtype=torch.int32, device=off.device) if key.in_place else None
+    y: Tensor = call(key, x_sorted, off, w13, w2, slot, *scales.arguments)
     return y
 
 

@@ -201,6 +201,14 @@ for dtype in (torch.float32, torch.float16):
     logits = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
     one.weights, one.ids = moec.ops.route(logits, **how)
     close(moec.ops.routed_experts(one.x, logits, one.w13, one.w2, **how), loop(one), dtype)
+    one.x[7:] = torch.nan
+    for limit in (None, 0.5):
+        for off in (torch.tensor([0, 0, 2, 2, 3, 7, 7, 7, 7]), torch.zeros(9, dtype=torch.int32)):
+            got = moec.ops.grouped_experts(one.x, off, one.w13, one.w2, limit=limit)
+            one.ids = torch.repeat_interleave(torch.arange(8), off.diff())[:, None]
+            one.weights, end = torch.ones(one.ids.shape), int(off[-1])
+            close(got[:end], loop(one, limit=limit)[:end], dtype)
+            assert got[end:].eq(0).all()
 assert {key.target for key in compiled._functions} == {compiled.INTERPRETED}
 """
 
@@ -243,3 +251,17 @@ def test_a_gpus_pipeline_fuses_the_permutation(limit: float | None) -> None:
     one.ids[2, 1], one.weights[2, 1] = 4, math.nan
     (y,) = Interpreter(module, {}).run("forward", *one.args, one.x)
     close(y, loop(one, shared=one.x, limit=limit), torch.float32)
+
+
+@pytest.mark.parametrize("form", ["grouped", "grouped_fp8"])
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_on_a_gpu_sorted_rows_take_the_product_with_an_epilogue(form: str, limit: float | None) -> None:
+    sizes = {"experts": 4, "hidden": 256, "width": 256}
+    blocks = ((128, 128), (128, 128)) if form == "grouped_fp8" else ()
+    key = compiled.Key(form, "sm_90a", False, torch.bfloat16, limit=limit, blocks=blocks, **sizes)
+    module = compiled.lower(key)
+    PassManager(pipeline(2, key.target)).run(module)
+    found = [op.name for op in module["forward"].ops if op.name != "scaled"]
+    quant = ["quant"] if blocks else []
+    clamped = [*quant, "grouped_linear", "split", "clamp", "clamp", "swiglu", *quant, "grouped_linear"]
+    assert found == ([*quant, "gather_grouped_linear", "grouped_linear"] if limit is None else clamped)
