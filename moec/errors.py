@@ -197,6 +197,12 @@ class PickleRefused(MoecError):
     code = "M0405"
 
 
+class WeightsBroken(MoecError):
+    """Values that no model can have: a scale that is NaN or infinite, which would hide in whole blocks."""
+
+    code = "M0406"
+
+
 # 05: packages
 class OutputExists(MoecError):
     code = "M0501"

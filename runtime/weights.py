@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moec.errors import NotAPackage, WeightsExtra, WeightsMisshapen, WeightsMissing
+from moec.errors import NotAPackage, WeightsBroken, WeightsExtra, WeightsMisshapen, WeightsMissing
 from moec.runtime.checkpoint import Checkpoint, expand
 from moec.runtime.dtypes import DTYPES
 from moec.runtime.values import Scaled
@@ -44,19 +44,30 @@ class Weights(dict[str, torch.Tensor | Scaled]):
 
 
 class Take:
-    """The checkpoint as the load program sees it: ``take(name)`` within a scope."""
+    """The checkpoint as the load program sees it: ``take(name)`` within a scope.
 
-    def __init__(self, checkpoint: Checkpoint, dtypes: dict[str, torch.dtype], scope: str = "") -> None:
-        self._checkpoint, self._dtypes, self._scope = checkpoint, dtypes, scope
+    Raises WeightsBroken for a scale that isn't finite: all values of its block would be what it makes them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, entries: dict[str, dict[str, Any]], scope: str = "") -> None:
+        self._checkpoint, self._entries, self._scope = checkpoint, entries, scope
 
     def at(self, scope: str) -> Take:
-        return Take(self._checkpoint, self._dtypes, self._scope + scope)
+        return Take(self._checkpoint, self._entries, self._scope + scope)
 
     def __call__(self, name: str) -> torch.Tensor:
         full = self._scope + name
-        if full not in self._dtypes:
+        entry = self._entries.get(full)
+        if entry is None:
             raise _disagree(full)
-        return self._checkpoint.tensor(full).to(self._dtypes[full])
+        tensor = self._checkpoint.tensor(full).to(DTYPES[entry["dtype"]])
+        if entry["kind"] == "scale" and not bool(tensor.isfinite().all()):
+            index = (~tensor.isfinite()).nonzero()[0].tolist()
+            where = self._checkpoint.where(full)
+            raise WeightsBroken(
+                f"{full}{index} is {float(tensor[tuple(index)])} in {where}: a scale is finite"
+            )
+        return tensor
 
 
 def _disagree(name: str) -> NotAPackage:
@@ -87,11 +98,11 @@ def load_weights(
 ) -> Weights:
     """Every parameter of the manifest, from ``checkpoint`` through the package's load ``program``.
 
-    Raises WeightsMissing, WeightsExtra or WeightsMisshapen, before anything is read, naming the tensors.
+    Raises WeightsMissing, WeightsExtra or WeightsMisshapen, before anything is read, naming the tensors;
+    WeightsBroken, naming the value.
     """
     wanted = {name: entry for entry in manifest["checkpoint"] for name in expand(entry)}
     check(checkpoint, wanted, manifest["ignored"])
-    dtypes = {name: DTYPES[entry["dtype"]] for name, entry in wanted.items()}
     parameters = {name: entry for entry in manifest["parameters"] for name in expand(entry)}
     weights = Weights()
     memory = _Memory(device)
@@ -105,7 +116,7 @@ def load_weights(
             progress(len(weights), len(parameters))
         return placed
 
-    take = Take(checkpoint, dtypes)
+    take = Take(checkpoint, wanted)
     program.weights(take, Bind(done))
     for name, entry in parameters.items():
         if not entry["bound"]:

@@ -18,7 +18,7 @@ Common to all:
 * A choice of no expert here (an id below 0 or past the last one, an id outside ``expert_range``) contributes
   nothing, exactly: no weight is read for it, whatever its routing weight, and no NaN or infinity comes of it.
   A row that is NaN stays in its own token.
-* The result depends on the inputs alone: a token's experts are added in the order of its choices, no atomics.
+* The result depends on the inputs alone: a token's experts are added in the order of its choices.
   With ``batch_invariant`` a token's result depends on that token alone, to the bit.
 * Nothing is read back from a GPU. Values are checked on the CPU only: offsets must rise, scales of experts
   that are chosen be finite. On a GPU a scale that is NaN makes NaN of what it scales.

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import moec
+import moec.models as models
 from moec.errors import (
     BadInput,
     MoecError,
     PickleRefused,
+    WeightsBroken,
     WeightsExtra,
     WeightsMisshapen,
     WeightsMissing,
@@ -223,6 +225,27 @@ def test_floats_are_converted_by_their_values(
     loaded = moec.load(package, {n: t.to(stored) for n, t in checkpoint.items()})
     assert torch.equal(loaded.weights[NORM], checkpoint[NORM].to(stored).float())
     assert all(t.dtype == torch.float32 for t in loaded.weights.values())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_scale_that_is_not_finite_is_named(bad: float, fp8: bool, tmp_path: Path) -> None:
+    """Of a checkpoint in fp8, whether its weights stay so or are dequantised when they are loaded."""
+    mlp = models.MoE(models.Router(4, 2), models.Experts(4, 8))
+    layer = models.Decoder(models.GQA(heads=2, kv_heads=1, head_dim=8), mlp)
+    model = models.Model(vocab=11, hidden=16, layers=[layer], quantization=models.BlockFP8((4, 4)))
+    built = moec.build(model, out=tmp_path / "package", options=moec.BuildOptions(fp8=fp8))
+    entries = json.loads((built.path / "manifest.json").read_text())["checkpoint"]
+    seeded = Random(0, entries)
+    tensors = {name: seeded.tensor(name) for name in seeded.names()}
+    moec.load(built, tensors)
+    name = "model.layers.0.mlp.experts.3.up_proj.weight_scale_inv"
+    tensors[name][1, 2] = bad
+    with pytest.raises(WeightsBroken, match=rf"M0406.*{name}\[1, 2\] is {bad} in .*: a scale is finite"):
+        moec.load(built, tensors)
+    where = save(tmp_path / "folder", tensors)
+    with pytest.raises(WeightsBroken, match=rf"{name}.*{where / 'model.safetensors'}"):
+        moec.load(built, where)
 
 
 def test_only_floats_convert_and_never_fp8() -> None:
