@@ -78,6 +78,7 @@ class Request:
     arch: str
     maxnreg: int | None = None  # registers per thread at most
     fp_fusion: bool = True  # a * b + c in one rounding
+    language: str = "triton"  # or gluon, whose descriptors have the layout of their box's widest swizzle
 
     def resolved(self) -> dict[str, str]:
         """The signature with numbers in descriptors' boxes. Raises BadArgument if it contradicts itself."""
@@ -116,6 +117,7 @@ class Request:
             "divisible": list(self.divisible),
             "number": family(self.arch).number,
             "options": options,
+            **({"language": self.language} if self.language != "triton" else {}),
         }
 
     def key(self) -> str:

@@ -37,6 +37,18 @@ def jit_function(source: str, function: str, kernel: str) -> Any:
     return namespace[function]
 
 
+def with_layout(kind: str) -> str:
+    """Gluon's name of a type: a tensor descriptor's has its tiles' layout, of the widest swizzle."""
+    if not kind.startswith("tensordesc<"):
+        return kind
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.language import str_to_ty
+
+    block = str_to_ty(kind, None).block_type
+    layout = NVMMASharedLayout.get_default_for(list(block.shape), block.element_ty)
+    return f"{kind.removesuffix('>')},{layout!r}>"
+
+
 def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     """The cubin, in base 64, and what Triton says of it."""
     import triton
@@ -48,7 +60,12 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     if names != list(function.arg_names):
         raise TypeError(f"the signature names {names}, but the function takes {list(function.arg_names)}")
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in request["divisible"]}
-    source = ASTSource(function, request["signature"], request["constants"], attributes)
+    signature = request["signature"]
+    if request.get("language") == "gluon":
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+
+        signature = {name: with_layout(kind) for name, kind in signature.items()}
+    source = ASTSource(function, signature, request["constants"], attributes)
     target = GPUTarget("cuda", request["number"], 32)
     compiled = triton.compile(source, target=target, options=request["options"])
     metadata = {key: getattr(compiled.metadata, key, None) for key in RECORDED}

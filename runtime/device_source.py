@@ -13,6 +13,11 @@ from functools import lru_cache
 from moec.errors import CompileFailed
 
 _HEADER = "import triton\nimport triton.language as tl\n"
+_GLUON = """from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+"""
+_OURS = ("triton", "tl", "gluon", "gl", "hopper")
 
 
 def device_source(text: str, function: str) -> str:
@@ -20,8 +25,8 @@ def device_source(text: str, function: str) -> str:
     imports.
 
     Definitions keep their order and their text, so that equal slices are equal bytes. The names ``triton``
-    and ``tl`` are always Triton's own. Raises CompileFailed where the text is no Python or has no such
-    function.
+    and ``tl`` are always Triton's own, as are ``gluon``, ``gl`` and ``hopper`` where one is read.
+    Raises CompileFailed where the text is no Python or has no such function.
     """
     try:
         statements, lines = _parsed(text)
@@ -38,7 +43,8 @@ def device_source(text: str, function: str) -> str:
             needed.add(node)
             waiting += _reads(node)
     parts = [_text(lines, node) for node in statements if node in needed]
-    return _HEADER + "".join(f"\n\n{part}\n" for part in parts)
+    gluon = any(_reads(node) & {"gluon", "gl", "hopper"} for node in needed)
+    return _HEADER + _GLUON * gluon + "".join(f"\n\n{part}\n" for part in parts)
 
 
 @lru_cache(maxsize=8)  # a file's variants come one after the other
@@ -52,7 +58,7 @@ def _names(node: ast.stmt) -> list[str]:
         return [node.name]
     if isinstance(node, ast.Import | ast.ImportFrom):
         bound = [(a.asname or a.name).partition(".")[0] for a in node.names]
-        return [name for name in bound if name not in ("triton", "tl")]
+        return [name for name in bound if name not in _OURS]
     if isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]

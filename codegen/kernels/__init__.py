@@ -119,7 +119,8 @@ def select(op: Op, target: str) -> Kernel:
 
 def _first(op: Op, target: str) -> Kernel:
     for kernel in serving(op.name, target):
-        if not kernel.supports(op):
+        by_name_only = isinstance(kernel, TritonKernel) and kernel.by_name_only
+        if not by_name_only and not kernel.supports(op):
             return kernel
     raise InternalError(f"{op.name}: nothing emits it for {target}")
 

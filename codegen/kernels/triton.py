@@ -28,7 +28,8 @@ class TritonKernel(Record):
 
     ``constants(op, device)`` fills the template; ``reasons(op)`` says what is against it; ``helpers`` are
     templates of Triton functions that all parts of one file share. ``ladder(op, device)`` gives the schedules
-    of a kernel that has any, as text; ``problem(op)`` is what they are picked for.
+    of a kernel that has any, as text; ``problem(op)`` is what they are picked for. One that is there
+    ``by_name_only`` is never chosen for an op whose ``kernel`` doesn't say so.
     """
 
     family: ClassVar[str] = "triton"
@@ -39,6 +40,7 @@ class TritonKernel(Record):
     helpers: tuple[str, ...] = ()
     targets: tuple[str, ...] = tuple(GPUS)
     in_place: int | None = None
+    by_name_only: bool = False
     ladder: Callable[[Op, GPU], str] | None = None
     problem: Callable[[Op], Problem] | None = None
 

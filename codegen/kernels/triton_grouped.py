@@ -172,10 +172,13 @@ def forms_of(op: Op, device: GPU, schedules: list[Schedule], sums: Sums | None =
     by_name: dict[str, list[Schedule]] = {}
     for s in sorted(set(schedules), key=str):
         by_name.setdefault(_name(s, sums is not None), []).append(s)
-    return [_form(op, device, name, tuple(alike), sums) for name, alike in by_name.items()]
+    return [form_of(op, device, name, tuple(alike), sums) for name, alike in by_name.items()]
 
 
-def _form(op: Op, device: GPU, name: str, schedules: tuple[Schedule, ...], sums: Sums | None) -> FormOfKernel:
+def form_of(
+    op: Op, device: GPU, name: str, schedules: tuple[Schedule, ...], sums: Sums | None = None
+) -> FormOfKernel:
+    """The Triton function of these schedules, which differ in nothing that a template asks."""
     p, form, split = problem(op), schedules[0].form, schedules[0].split > 1
     dense, gather = op.name == "linear", p.gathered
     x, w = tensor(op.operands[0]), tensor(op.operands[1])

@@ -41,6 +41,7 @@ INTERPRETED = [
     "triton_interpreted_fp8.py",
     "triton_interpreted_persistent.py",
     "triton_interpreted_few.py",
+    "triton_interpreted_gluon.py",
 ]
 V3_ROUTER: dict[str, Any] = {"score": "sigmoid", "renorm": True, "scale": 2.5, "groups": 8, "topk_groups": 4}
 V3_ROUTER["group_score"] = "top2sum"

@@ -184,7 +184,7 @@ def op(args: list[str], line: str, type: str) -> Op:
 def record(op: Op) -> TritonKernel:
     """The Triton record of ``op``, which may refuse it; of two, the second is for scaled operands."""
     scaled = tensor(op.operands[0]).scale is not None
-    records = [k for k in KERNELS if isinstance(k, TritonKernel) and k.op == op.name]
+    records = [k for k in KERNELS if isinstance(k, TritonKernel) and k.op == op.name and not k.by_name_only]
     return records[-1] if scaled else records[0]
 
 
@@ -197,6 +197,13 @@ def source(op: Op, target: str = "sm_90a", schedules: list[Schedule] | None = No
     made = combined_constants if op.name == "grouped_linear_combine" else constants_of
     constants = made(op, GPUS[target], rungs)
     return kernel_file([kernel], [render_python(kernel.template, name=op.name, **constants)], target)
+
+
+def gluon_source(op: Op) -> str:
+    """The kernel file of one op as Gluon's record renders it."""
+    kernel = next(k for k in KERNELS if isinstance(k, TritonKernel) and k.name == f"gluon.{op.name}")
+    assert not kernel.supports(op)
+    return kernel_file([kernel], [kernel.render(op, op.name, "sm_90a")], "sm_90a")
 
 
 def load(text: str, folder: Path) -> ModuleType:

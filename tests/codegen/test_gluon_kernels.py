@@ -1,0 +1,302 @@
+"""Gluon's kernels without a GPU: what they compile to, their barriers in a model, and who may have them."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moec.codegen.kernels import select
+from moec.codegen.kernels.gluon_grouped import reasons_against, schedule, shared_memory
+from moec.codegen.kernels.triton_grouped import problem
+from moec.errors import BadSchedule, UnknownKernel
+from moec.ir.devices import GPUS
+from moec.ir.op import Op
+from moec.runtime.compile import compile_many
+from moec.runtime.device_source import device_source
+from moec.runtime.gluon_kernel import GluonKernel
+from tests.codegen.triton_kernels import fp8_op, gluon_source, grouped_op, linear_op, load
+
+V3: dict[str, Callable[[], Op]] = {
+    "up": lambda: grouped_op("bf16", 256, 2048, 7168, gather=True, per_row=8, act="silu"),
+    "down": lambda: grouped_op("bf16", 256, 7168, 2048, scatter=True),
+    "up, fp8": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="silu", quant="fp32"),
+    "down, fp8": lambda: fp8_op(256, 7168, 2048, scatter=True),
+}
+# More registers, more or less shared memory, few experts and many.
+OTHERS: dict[str, Callable[[], Op]] = {
+    "gelu, f16": lambda: grouped_op("f16", 8, 14336, 4096, gather=True, per_row=2, act="gelu"),
+    "no epilogue": lambda: grouped_op("bf16", 512, 2048, 7168, gather=True, per_row=8),
+    "one expert": lambda: grouped_op("bf16", 1, 256, 256),
+    "narrow": lambda: grouped_op("bf16", 60, 384, 64, scatter=True),
+    "gelu, ue8m0": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="gelu", quant="ue8m0"),
+    "kept in bf16": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="gelu_tanh"),
+    "quantised, no epilogue": lambda: fp8_op(64, 2816, 2048, gather=True, per_row=6, quant="fp32"),
+    "kept in f32": lambda: fp8_op(256, 7168, 2048, scatter=True, to="f32"),
+}
+
+
+@pytest.mark.parametrize("name", V3)
+def test_files_read_as_before(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"v3_gluon_{name.replace(', ', '_')}.py.txt", gluon_source(V3[name]()))
+
+
+@pytest.mark.parametrize("name", V3 | OTHERS)
+def test_lines_have_a_length(name: str) -> None:
+    for line in gluon_source((V3 | OTHERS)[name]()).splitlines():
+        assert len(line) <= 110 and line == line.rstrip(), line
+
+
+@pytest.mark.parametrize("name", [*V3, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+def test_on_hopper(name: str, tmp_path: Path) -> None:
+    """Three warpgroups, no spills, the matrix path of Hopper for 64 rows, and the shared memory estimated."""
+    op = (V3 | OTHERS)[name]()
+    module = load(gluon_source(op), tmp_path)
+    (kernel,) = [v for v in vars(module).values() if isinstance(v, GluonKernel)]
+    (cubin,) = compile_many(kernel.requests("sm_90a"), cache=tmp_path / "cache").check()
+    facts, p = cubin.facts, problem(op)
+    estimate = shared_memory(p, schedule(op), op.results[0].type.dtype.bits // 8)  # type: ignore[union-attr]
+    assert facts.spills == 0 and facts.stack_bytes == 0
+    assert facts.shared_dynamic <= estimate <= GPUS["sm_90a"].smem_per_block
+    assert cubin.metadata["warps"] == 12
+    instruction = "QGMMA.64x" if p.fp8 else "HGMMA.64x"
+    assert facts.matrix and all(m.startswith(instruction) for m in facts.matrix)
+    gathered = {"LDGSTS.128", "UTMALDG.3D"} if p.gathered else {"UTMALDG.2D", "UTMALDG.3D"}
+    assert gathered | ({"LDGSTS.32"} if p.fp8 else set()) <= facts.loads.keys()
+    assert "LDGSTS.128" in gathered or "LDGSTS.128" not in facts.loads
+
+
+def test_the_twin_is_not_compiled(tmp_path: Path) -> None:
+    module = load(gluon_source(V3["down"]()), tmp_path)
+    kernels = {v.name: v for v in vars(module).values() if isinstance(v, GluonKernel)}
+    twin = kernels["grouped_linear_gluon"].twin
+    assert twin.name == "grouped_linear_twin" and twin not in vars(module).values()
+    assert twin.variants.keys() == kernels["grouped_linear_gluon"].variants.keys()
+
+
+def test_the_source_says_gluon_to_the_worker_and_to_the_key(tmp_path: Path) -> None:
+    text = gluon_source(V3["down"]())
+    module = load(text, tmp_path)
+    (kernel,) = [v for v in vars(module).values() if isinstance(v, GluonKernel)]
+    (request,) = kernel.requests("sm_90a")
+    payload = request.payload()
+    assert payload["language"] == "gluon" and "import language as gl\n" in payload["source"]
+    assert "def grouped_linear_load(" in payload["source"] and "twin" not in payload["source"]
+    assert "gluon" not in device_source(text, "grouped_linear_swapped")
+
+
+# Who may have them.
+def named(make: Callable[[], Op], name: str, **annotations: str) -> Op:
+    op = make()
+    op.annotations.update({"kernel": name, **annotations})
+    return op
+
+
+def test_only_by_name() -> None:
+    for make in V3.values():
+        assert select(make(), "sm_90a").name.startswith("triton.")
+        name = f"gluon.{make().name}"
+        assert select(named(make, name), "sm_90a").name == name
+
+
+def test_what_is_refused_says_why() -> None:
+    with pytest.raises(UnknownKernel, match=r"gluon.grouped_linear is for sm_90a, not sm_100a"):
+        select(named(V3["down"], "gluon.grouped_linear"), "sm_100a")
+    with pytest.raises(UnknownKernel, match="is a kernel of gather_grouped_linear"):
+        select(named(V3["down"], "gluon.gather_grouped_linear"), "sm_90a")
+    with pytest.raises(BadSchedule, match=r"gluon.grouped_linear has no schedules"):
+        down = named(V3["down"], "gluon.grouped_linear", schedule="rows 128x128x64 w8 s3")
+        select(down, "sm_90a")
+
+
+@pytest.mark.parametrize(
+    "op, reason",
+    [
+        (lambda: grouped_op("bf16", 4, 128, 64), None),
+        (
+            lambda: grouped_op("bf16", 4, 128, 72),
+            "K is 72, and there are 128 columns: tiles are of 64 and 128",
+        ),
+        (lambda: grouped_op("bf16", 4, 136, 64), "there are 136 columns"),
+        (lambda: grouped_op("bf16", 4, 128, 33), "multiples of 4 bytes"),
+        (lambda: grouped_op("f32", 4, 128, 64), "f32 has no matrix unit"),
+        (lambda: fp8_op(4, 128, 128), None),
+        (lambda: fp8_op(4, 128, 192), "K is 192"),
+        (lambda: fp8_op(4, 128, 128, scales=("1x*", "1x*")), "scales of 1x128 for x and 128x128 for w"),
+        (lambda: fp8_op(4, 128, 128, scales=("1x128", "256x128")), "scales of 1x128 for x and 128x128 for w"),
+    ],
+)
+def test_reasons(op: Callable[[], Op], reason: str | None) -> None:
+    found = reasons_against(op())
+    assert (not found) if reason is None else any(reason in r for r in found), found
+
+
+def test_linear_has_none() -> None:
+    with pytest.raises(UnknownKernel, match="no kernel is called"):
+        select(named(lambda: linear_op(256, 256), "gluon.linear"), "sm_90a")
+
+
+# The ring: a model of its barriers, its partitions taken from the generated source.
+@dataclass
+class Barrier:
+    """PTX's mbarrier: a phase completes when all arrivals have come and all bytes that they expect."""
+
+    count: int
+    phase: int = 0
+    pending: int = 0
+    bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.pending = self.count
+
+    def arrive(self, expected: int = 0) -> None:
+        assert self.pending > 0, "more arrivals than the barrier counts"
+        self.pending, self.bytes = self.pending - 1, self.bytes + expected
+        self._complete()
+
+    def copied(self, size: int) -> None:
+        self.bytes -= size
+        self._complete()
+
+    def _complete(self) -> None:
+        if self.pending == 0 and self.bytes == 0:
+            self.phase, self.pending = self.phase + 1, self.count
+
+    def passed(self, parity: int) -> bool:
+        """What try_wait.parity asks: whether the phase of that parity, this one or the last, is over."""
+        return self.phase % 2 != parity
+
+
+@dataclass
+class Ring:
+    """The operands' stages: what is in each, who still reads it, and copies on their way."""
+
+    stages: int
+    full: list[Barrier]
+    empty: list[Barrier]
+    held: dict[int, Any] = field(default_factory=dict)
+    reading: dict[int, set[int]] = field(default_factory=dict)
+    flying: list[Callable[[], None]] = field(default_factory=list)
+
+
+def expression(text: str, pattern: str) -> str:
+    """The one text that ``pattern`` finds in the source: the model computes with what the kernel says."""
+    found = set(re.findall(pattern, text))
+    assert len(found) == 1, (pattern, found)
+    return found.pop()
+
+
+def partitions(text: str, ring: Ring, tiles: list[int], threads: int) -> list[Iterator[None]]:
+    """The loading partition and both warpgroups, each a generator that yields where others may run.
+
+    ``tiles``: steps along K of each tile. Waits and arrivals are those of ``text``.
+    """
+    stages = {"STAGES": ring.stages}
+    stage_of = compile(expression(text, r"stage = (.*)\n"), "stage", "eval")
+    load_wait = compile(expression(text, r"wait\(empty\.index\(stage\), (.*)\)\n"), "load", "eval")
+    full_wait = compile(expression(text, r"wait\(full\.index\(stage\), (.*)\)\n"), "multiply", "eval")
+    given_back = re.findall(r"mbarrier\.arrive\(empty\.index\((.*?)\)(?:, pred=.*)?\)\n", text)
+    arrivals = [compile(stage, "arrive", "eval") for stage in given_back]
+    assert len(arrivals) in (1, 2)
+
+    def loads() -> Generator[None]:
+        step = 0
+        for tile, steps in enumerate(tiles):
+            for k in range(steps):
+                stage = eval(stage_of, stages, {"step": step})
+                while not ring.empty[stage].passed(eval(load_wait, stages, {"step": step})):
+                    yield
+                assert not ring.reading.get(stage), f"stage {stage} is overwritten while it is read"
+                ring.held[stage] = None
+                full, content = ring.full[stage], (tile, k)
+
+                def arrived(stage: int = stage, content: Any = content, full: Barrier = full) -> None:
+                    ring.held[stage] = content
+                    full.copied(1)
+
+                full.arrive(expected=1)
+                ring.flying.append(arrived)
+                ring.flying += [full.arrive] * threads
+                step += 1
+                yield
+
+    def multiplies(half: int) -> Generator[None]:
+        step = 0
+        pending: list[int] = []  # stages whose products are under way
+        for tile, steps in enumerate(tiles):
+            for k in range(steps):
+                stage = eval(stage_of, stages, {"step": step})
+                while not ring.full[stage].passed(eval(full_wait, stages, {"step": step})):
+                    yield
+                assert ring.held.get(stage) == (tile, k), f"{(tile, k)} is not in stage {stage}"
+                ring.reading.setdefault(stage, set()).add(half)
+                pending.append(stage)
+                yield
+                if len(arrivals) == 2:  # given back one step later, and after the last
+                    if k > 0:
+                        give_back(eval(arrivals[0], stages, {"step": step, "stage": stage}), pending, half)
+                else:
+                    give_back(eval(arrivals[0], stages, {"step": step, "stage": stage}), pending, half)
+                step += 1
+                yield
+            if len(arrivals) == 2 and steps:
+                give_back(eval(arrivals[1], stages, {"step": step}), pending, half)
+        assert not pending
+
+    def give_back(stage: int, pending: list[int], half: int) -> None:
+        assert stage == pending.pop(0), "another stage is given back than the one whose products are done"
+        ring.reading[stage].discard(half)
+        ring.empty[stage].arrive()
+
+    return [loads(), multiplies(0), multiplies(1)]
+
+
+def run(text: str, stages: int, tiles: list[int], seed: int) -> None:
+    """All partitions to their ends, interleaved at random, copies arriving in any order."""
+    threads = int(expression(text, r"full\.index\(stage\), count=1(?: \+ (\d+))?\)") or 0)
+    readers = int(expression(text, r"empty\.index\(stage\), count=(\d+)\)"))
+    full, empty = ([Barrier(count) for _ in range(stages)] for count in (1 + threads, readers))
+    ring = Ring(stages, full, empty)
+    chance = random.Random(seed)
+    alive = partitions(text, ring, tiles, threads)
+    idle = 0
+    while alive:
+        before = (repr(ring.full), repr(ring.empty), len(ring.flying))
+        if ring.flying and chance.random() < 0.5:
+            ring.flying.pop(chance.randrange(len(ring.flying)))()
+        which = chance.choice(alive)
+        if next(which, alive) is alive:
+            alive.remove(which)
+        idle = idle + 1 if before == (repr(ring.full), repr(ring.empty), len(ring.flying)) else 0
+        assert idle < 300, "everybody waits: the kernel would hang"
+    assert not ring.flying
+
+
+@pytest.mark.parametrize("name", V3)
+@pytest.mark.parametrize("stages", [2, 3, 4, 6])
+def test_the_ring_neither_hangs_nor_overwrites(name: str, stages: int) -> None:
+    text = gluon_source(V3[name]())
+    for seed, tiles in enumerate([[1], [5], [2, 0, 3], [7, 7, 7], [1] * 12, []]):
+        run(text, stages, tiles, seed)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("step // STAGES & 1 ^ 1", "step // STAGES & 1"),  # the loads wait for what nobody gives back yet
+        ("full.index(stage), step // STAGES & 1)", "full.index(stage), step // STAGES & 1 ^ 1)"),
+        ("empty.index(stage), count=2", "empty.index(stage), count=1"),
+        ("empty.index((step + STAGES - 1) % STAGES)", "empty.index(step % STAGES)"),
+    ],
+)
+def test_a_wrong_ring_is_found(wrong: tuple[str, str]) -> None:
+    text = gluon_source(V3["up"]())
+    assert wrong[0] in text
+    with pytest.raises(AssertionError):
+        for seed in range(40):
+            run(text.replace(*wrong), 3, [5, 4], seed)

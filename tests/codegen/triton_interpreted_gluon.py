@@ -1,0 +1,111 @@
+"""Packages with Gluon's kernels on the CPU: the Triton twins that run there against the ops' references.
+
+Run by test_triton_kernels.py in a process of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moec.codegen.kernels import gluon_grouped, triton_grouped
+from moec.ir.ops.moe import SortByExpert
+from moec.ir.types import DTYPES
+from moec.runtime.launch import Kernel
+from tests.codegen.interpreted import FOLDER, call, close, folder, normal, poisoned, routings
+from tests.codegen.triton_interpreted_fp8 import scaled, within_one_rounding
+from tests.codegen.triton_kernels import fp8_op, gluon_source, grouped_op
+
+__all__ = ["folder", "poisoned"]  # fixtures, which pytest finds by name
+
+
+@pytest.fixture(autouse=True)
+def twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which functions were interpreted. Every ladder is its last rung, so that few rows are a twin's too."""
+    interpreted: list[str] = []
+    on_cpu = Kernel._on_cpu
+
+    def noted(self: Kernel, *args: Any) -> None:
+        interpreted.append(self.name)
+        on_cpu(self, *args)
+
+    monkeypatch.setattr(Kernel, "_on_cpu", noted)
+    monkeypatch.setattr(gluon_grouped, "rungs", lambda *_: [()])
+    TWINS["names"] = interpreted
+    return interpreted
+
+
+TWINS: dict[str, list[str]] = {}
+FEW_ROUTINGS = routings(most_tokens=40)
+
+
+@given(FEW_ROUTINGS, st.sampled_from(["bf16", "f16"]), st.sampled_from([None, "silu", "gelu"]))
+@settings(max_examples=8)
+def test_gather_grouped_linear(routing: Any, dtype: str, act: str | None) -> None:
+    experts, k, ids = routing
+    slot, off = SortByExpert.reference(ids, experts=experts)
+    x = normal(1, len(ids), 64, dtype=DTYPES[dtype].torch)
+    w = normal(2, experts, 128 * (2 if act else 1), 64, dtype=x.dtype) / 8
+    op = grouped_op(dtype, experts, 128, 64, gather=True, per_row=k, act=act)
+    found = call(op, gluon_source(op), FOLDER["kernels"], x, w, slot, off)
+    close(found, type(op).reference(x, w, slot, off, **op.attrs))
+    assert set(TWINS["names"]) <= {"gather_grouped_linear_twin"}
+
+
+@given(FEW_ROUTINGS, st.sampled_from(["bf16", "f16"]), st.booleans())
+@settings(max_examples=8)
+def test_grouped_linear(routing: Any, dtype: str, scatter: bool) -> None:
+    experts, _, ids = routing
+    slot, off = SortByExpert.reference(ids, experts=experts)
+    x = normal(3, len(slot), 64, dtype=DTYPES[dtype].torch)
+    w = normal(4, experts, 256, 64, dtype=x.dtype) / 8
+    op = grouped_op(dtype, experts, 256, 64, scatter=scatter)
+    places = slot if scatter else None
+    found = call(op, gluon_source(op), FOLDER["kernels"], x, w, off, places)
+    close(found, type(op).reference(x, w, off, places))
+
+
+@given(FEW_ROUTINGS, st.sampled_from(["", "fp32", "ue8m0"]), st.sampled_from([None, "silu"]))
+@settings(max_examples=6)
+def test_gather_grouped_linear_in_fp8(routing: Any, quant: str, act: str | None) -> None:
+    experts, k, ids = routing
+    slot, off = SortByExpert.reference(ids, experts=experts)
+    x = scaled(5, len(ids), 256, block="1x128")
+    w = scaled(6, experts, 128 * (2 if act else 1), 256, block="128x128")
+    op = fp8_op(experts, 128, 256, gather=True, per_row=k, act=act, quant=quant)
+    found = call(op, gluon_source(op), FOLDER["kernels"], x, w, slot, off)
+    expected = type(op).reference(x, w, slot, off, **op.attrs)
+    if quant:
+        within_one_rounding(found, expected)
+    else:
+        close(found, expected)
+
+
+@given(FEW_ROUTINGS, st.sampled_from(["bf16", "f32"]), st.booleans())
+@settings(max_examples=6)
+def test_grouped_linear_in_fp8(routing: Any, to: str, scatter: bool) -> None:
+    experts, _, ids = routing
+    slot, off = SortByExpert.reference(ids, experts=experts)
+    x = scaled(7, len(slot), 256, block="1x128")
+    w = scaled(8, experts, 128, 256, block="128x128")
+    op = fp8_op(experts, 128, 256, scatter=scatter, to=to)
+    places = slot if scatter else None
+    found = call(op, gluon_source(op), FOLDER["kernels"], x, w, off, places)
+    close(found, type(op).reference(x, w, off, places, **op.attrs))
+
+
+def test_few_rows_are_tritons(monkeypatch: pytest.MonkeyPatch, twins: list[str]) -> None:
+    """As a package has it: below the last rung of Triton's ladder its kernels run, from there on the twin."""
+    monkeypatch.setattr(gluon_grouped, "rungs", triton_grouped.rungs)
+    op = grouped_op("f16", 2, 256, 64)
+    text = gluon_source(op)
+    w = normal(9, 2, 256, 64, dtype=torch.float16) / 8
+    for rows, last in ((4, False), (9000, True)):
+        x, off = normal(10, rows, 64, dtype=w.dtype), torch.tensor([0, 1, rows], dtype=torch.int32)
+        twins.clear()
+        close(call(op, text, FOLDER["kernels"], x, w, off), type(op).reference(x, w, off))
+        assert {name == "grouped_linear_twin" for name in twins} == {last}, twins
