@@ -192,6 +192,7 @@ def main() -> None:
     for shape in args.shapes:
         run.shape(shape, args.tokens, result)
         result |= {"summary": goals.summary(result), "goals": goals.judge(result)}
+        result |= {"batch_invariance": goals.invariance(result)}
         written = report.write(result, where, stem)  # after each: a run that is cut short leaves what it has
         release(device)
     progress("")

@@ -76,6 +76,23 @@ def ratios(result: Result) -> dict[str, list[tuple[float, str, int]]]:
     return found
 
 
+def invariance(result: Result) -> Result | None:
+    """What batch invariance costs: times as long as without, by shape and tokens. None: not measured."""
+    times = {
+        (one["shape"], one["tokens"], one["implementation"]): one["median_us"] for one in result["results"]
+    }
+    found = [
+        {"shape": shape, "tokens": tokens, "times": taken / times[shape, tokens, "moec"]}
+        for (shape, tokens, name), taken in times.items()
+        if name == "moec (batch invariant)" and (shape, tokens, "moec") in times
+    ]
+    if not found:
+        return None
+    worst = max(found, key=lambda one: one["times"])
+    mean = statistics.geometric_mean(one["times"] for one in found)
+    return {"geometric_mean": mean, "worst": worst, "each": found}
+
+
 def summary(result: Result) -> list[Result]:
     """Against each peer: the geometric mean of the ratios, and the worst of them."""
     return [

@@ -8,6 +8,7 @@ combining included. A peer that isn't installed, or doesn't take what it's given
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -23,17 +24,13 @@ Layer = Callable[[Tensor, Tensor], Tensor]  # x, logits -> y
 Adapter = Callable[[Weights, int], Experts]  # weights, choices a token
 
 
-def moec(given: Weights, top_k: int) -> Experts:
+def moec(given: Weights, top_k: int, batch_invariant: bool = False) -> Experts:
     from moec.ops import fused_experts
 
-    return lambda x, weights, ids: fused_experts(x, given.w13, given.w2, weights, ids)
-
-
-def moec_fp8(given: Weights, top_k: int) -> Experts:
-    from moec.ops import fused_experts
-
-    scales = {"w13_scale": given.w13_scale, "w2_scale": given.w2_scale}
-    return lambda x, weights, ids: fused_experts(x, given.w13, given.w2, weights, ids, **scales)
+    scales = {"w13_scale": given.w13_scale, "w2_scale": given.w2_scale}  # None in other dtypes than fp8
+    return lambda x, weights, ids: fused_experts(
+        x, given.w13, given.w2, weights, ids, **scales, batch_invariant=batch_invariant
+    )
 
 
 def torch_grouped_mm(given: Weights, top_k: int) -> Experts:
@@ -142,12 +139,12 @@ def deep_gemm_fp8(given: Weights, top_k: int) -> Experts:
     return padded(given, top_k, product)
 
 
-def moec_routed(given: Weights, top_k: int) -> Layer:
+def moec_routed(given: Weights, top_k: int, batch_invariant: bool = False) -> Layer:
     """From the logits on in one call; fp8 where the weights are."""
     from moec.ops import routed_experts
 
     how: dict[str, Any] = {"k": top_k, "score": "softmax", "renorm": True}
-    how |= {"w13_scale": given.w13_scale, "w2_scale": given.w2_scale}
+    how |= {"w13_scale": given.w13_scale, "w2_scale": given.w2_scale, "batch_invariant": batch_invariant}
     return lambda x, logits: routed_experts(x, logits, given.w13, given.w2, **how)
 
 
@@ -206,8 +203,10 @@ def _first(*modules: str) -> Any:
     return import_module(modules[-1])
 
 
+INVARIANT = "moec (batch invariant)"  # one schedule whatever M is
 ADAPTERS: dict[str, Adapter] = {
     "moec": moec,
+    INVARIANT: partial(moec, batch_invariant=True),
     "torch grouped_mm": torch_grouped_mm,
     "transformers grouped_mm": transformers_grouped_mm,
     "Liger": liger,
@@ -219,14 +218,18 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 FP8_ADAPTERS: dict[str, Adapter] = {
-    "moec": moec_fp8,
+    "moec": moec,
+    INVARIANT: partial(moec, batch_invariant=True),
     "vLLM": vllm_fp8,
     "SGLang": sglang_fp8,
     "DeepGEMM": deep_gemm_fp8,
 }
 
 ROUTERS: dict[str, Callable[[int], Router]] = {"vLLM": vllm_router}  # others choose as PyTorch does
-ROUTED: dict[str, Callable[[Weights, int], Layer]] = {"moec": moec_routed}
+ROUTED: dict[str, Callable[[Weights, int], Layer]] = {
+    "moec": moec_routed,
+    INVARIANT: partial(moec_routed, batch_invariant=True),
+}
 
 
 def layer_of(name: str, adapter: Adapter, given: Weights, top_k: int) -> Layer:

@@ -85,6 +85,7 @@ def table(result: Result) -> list[str]:
     ]
     lines += [_row(group) for group in _groups(result)]
     lines += [_against(one) for one in result["summary"]]
+    lines += _determinism(result)
     lines += goals.lines(result["goals"])
     lines += [f"without {name}: {reason}" for name, reason in result["unavailable"].items()]
     for name in dict.fromkeys(e["implementation"] for e in result["excluded"]):
@@ -133,6 +134,19 @@ def _against(one: Result) -> str:
         f"against {one['peer']}: {one['geometric_mean']:.2f} times as fast in the geometric mean of "
         f"{one['measured']}, at worst {one['worst']:.2f} ({one['shape']} M={one['tokens']})"
     )
+
+
+def _determinism(result: Result) -> list[str]:
+    """What its results being the same bits costs: in any case nothing, in any batch this."""
+    cost = goals.invariance(result)
+    if cost is None:
+        return []
+    mean, worst, count = cost["geometric_mean"], cost["worst"], len(cost["each"])
+    return [
+        "determinism: equal batches give equal bits always; that a token's bits are its own in any batch "
+        f"(batch invariant) takes {mean:.2f} times as long in the geometric mean of {count}, "
+        f"at worst {worst['times']:.2f} ({worst['shape']} M={worst['tokens']})"
+    ]
 
 
 # The plot.

@@ -141,3 +141,15 @@ def test_vllm_is_met_in_the_mean_and_nowhere_faster(gpu: Callable[[str], Any]) -
     assert goals.judge(_run("fp16", *rows))[-1]["met"] is False
     # moec's own other rows are nobody's peer
     assert [s["peer"] for s in goals.summary(_run("bf16", *rows, ("a", 1, "moec (x)", 1.0)))] == ["vLLM"]
+
+
+def test_what_batch_invariance_costs(gpu: Callable[[str], Any]) -> None:
+    goals = gpu("goals")
+    rows = [("a", 1, "moec", 10.0), ("a", 2, "moec", 10.0), ("a", 2, "vLLM", 1.0), ("b", 1, "moec", 10.0)]
+    found = _run("bf16", *rows)
+    assert goals.invariance(found) is None
+    name = "moec (batch invariant)"
+    found = _run("bf16", *rows, ("a", 1, name, 40.0), ("a", 2, name, 10.0), ("c", 1, name, 99.0))
+    cost = goals.invariance(found)
+    assert cost["geometric_mean"] == pytest.approx(2.0) and len(cost["each"]) == 2
+    assert (cost["worst"]["shape"], cost["worst"]["tokens"], cost["worst"]["times"]) == ("a", 1, 4.0)

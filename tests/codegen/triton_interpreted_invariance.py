@@ -58,7 +58,9 @@ def grouped(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, invariant
     ("run", "dtype"),
     [(fused, torch.float32), (fused, torch.float16), (fp8, torch.float32), (grouped, torch.float16)],
 )
-def test_a_token_s_bits_are_its_own(run: Run, dtype: torch.dtype) -> None:
+def test_a_token_s_bits_are_its_own(run: Run, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that one launch sums a few tokens' rows, and two those of all.
+    monkeypatch.setattr("moec.codegen.kernels.triton_grouped_combine.few_tokens", lambda *given: 16)
     x = draw(TOKENS, HIDDEN, seed=3, dtype=dtype)
     scores = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(4))
     ids = scores.topk(K, dim=1).indices.to(torch.int32)
