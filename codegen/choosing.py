@@ -115,6 +115,8 @@ def _seconds(problem: Problem, device: GPU, how: Choosing, every: bool = False) 
     found: Seconds = {}
     known = measured(problem, device, how)
     for rows in sorted({*ROWS, *known}):
+        if every and rows * problem.experts < 1:  # fewer than one row in all
+            continue
         near = min(known, key=lambda r: abs(math.log(r / rows)), default=math.inf)
         close = 1 / STANDS_FOR <= rows / near <= STANDS_FOR
         if close and not every:

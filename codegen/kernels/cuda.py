@@ -24,6 +24,7 @@ class CudaKernel(Record):
     """
 
     family: ClassVar[str] = "cuda"
+    row_by_row: ClassVar[bool] = True  # route_sort: a warp chooses for a token, whatever the others do
     template: str
     source: str
     constants: Callable[[Op, GPU], dict[str, Any]]
