@@ -42,7 +42,7 @@ from moec.ops.inputs import describe
 
 ExpertRange: TypeAlias = "tuple[int, int] | range"
 
-__all__ = ["ExpertRange", "fused_experts", "grouped_experts", "route", "routed_experts"]
+__all__ = ["ExpertRange", "fused_experts", "grouped_experts", "hash_route", "route", "routed_experts"]
 
 
 def route(
@@ -75,7 +75,7 @@ def route(
     DeepSeek V2           k=6, score="softmax", renorm=False, scale=16, groups=8, topk_groups=3, masked="zero"
     DeepSeek V3           bias, k=8, score="sigmoid", renorm=True, scale=2.5, groups=8, topk_groups=4,
                           group_score="top2sum"
-    DeepSeek V4           bias, k=6, score="sqrtsoftplus", renorm=True, scale=1.5
+    DeepSeek V4           bias, k=6, score="sqrtsoftplus", renorm=True, scale=1.5; see ``hash_route``
     Mixtral, Qwen3-MoE    k=2, score="softmax", renorm=True
     ====================  ================================================================================
 
@@ -87,6 +87,25 @@ def route(
     """
     how = (groups, topk_groups, group_score, masked, renorm, float(scale))
     weights, ids = torch.ops.moec.route(logits, bias, k, score, *how)
+    return weights, ids
+
+
+def hash_route(
+    logits: Tensor, table: Tensor, tokens: Tensor, *, score: str, renorm: bool, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The experts that a table gives each token, weighed by the gate (DeepSeek V4's first layers).
+
+    Weights [T, k] float32 and ids [T, k] int32, in the table's order.
+
+    logits  [T, E] bfloat16, float16 or float32
+    table   [vocab, k] int32 or int64: a token's experts
+    tokens  [T] int32 or int64: rows of the table
+    score   of each logit alone: ``sigmoid`` or ``sqrtsoftplus`` (V4, with renorm and scale=1.5)
+
+    An entry that names no expert, and each choice of a token that has no row, becomes E with weight 0: the
+    experts skip it. Raises BadInput; otherwise as ``fused_experts``.
+    """
+    weights, ids = torch.ops.moec.hash_route(logits, table, tokens, score, renorm, float(scale))
     return weights, ids
 
 

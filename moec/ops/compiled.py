@@ -274,6 +274,15 @@ def route(b: Builder, key: Key) -> tuple[Value, ...]:
     return w, id
 
 
+def hash_route(b: Builder, key: Key) -> tuple[Value, ...]:
+    """(logits, table, tokens) -> weights, ids: ``moec.ops.hash_route``; ``width`` is the table's rows."""
+    logits = _argument(b, "logits", "T", key.experts)
+    table = _argument(b, "table", key.width, key.k, dtype=key.integers)
+    tokens = _argument(b, "tokens", "T", dtype=key.weights)
+    w, id = b.hash_route(logits, table, tokens, k=key.k, **dict(key.router), out=("w", "id"))
+    return w, id
+
+
 FORMS: dict[str, Callable[[Builder, Key], tuple[Value, ...]]] = {
     "fused": fused,
     "fused_fp8": fused_fp8,
@@ -282,6 +291,7 @@ FORMS: dict[str, Callable[[Builder, Key], tuple[Value, ...]]] = {
     "grouped": grouped,
     "grouped_fp8": grouped_fp8,
     "route": route,
+    "hash_route": hash_route,
     "begin": begin,
     "end": end,
 }

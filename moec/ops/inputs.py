@@ -128,6 +128,19 @@ def check_router(
         raise BadInput(f"scale is {scale}; it must be a finite number")
 
 
+def check_hash_router(logits: Tensor, table: Tensor, tokens: Tensor, score: str, scale: float) -> None:
+    """logits [T, E], table [vocab, k], tokens [T]. Raises BadInput."""
+    want("logits", logits, (None, None), "[T, E]", *FLOATS)
+    want("table", table, (None, None), "[vocab, k]", *INTEGERS)
+    want("tokens", tokens, (logits.shape[0],), "[T]", *INTEGERS)
+    if min(logits.shape[1], *table.shape) < 1:
+        raise BadInput(f"there is nothing to choose: logits is {describe(logits)}, table {describe(table)}")
+    if score not in SCORES[1:]:
+        raise BadInput(f"score is {score!r}; it must be one of {', '.join(SCORES[1:])}")
+    if not math.isfinite(scale):
+        raise BadInput(f"scale is {scale}; it must be a finite number")
+
+
 def check_activation(activation: str, limit: float | None) -> None:
     """Raises BadInput for a name that isn't known, or a limit that isn't positive."""
     if activation not in ACTIVATIONS:

@@ -1,4 +1,4 @@
-"""Registration of the operators that choose experts: ``route``, and the whole layer behind it."""
+"""Registration of the operators that choose experts, ``route`` and ``hash_route``, and of the whole layer."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _ROUTER = (
     "str group_score, str masked, bool renorm, float scale"
 )
 _ROUTE = f"Tensor logits, {_ROUTER}"
+_HASH_ROUTE = "Tensor logits, Tensor table, Tensor tokens, str score, bool renorm, float scale"
 _ROUTED = (
     f"Tensor x, Tensor logits, Tensor w13, Tensor w2, {_ROUTER}, "
     f"Tensor? shared, {ACTIVATION}, {SCALES}, {INVARIANT}"
@@ -65,6 +66,36 @@ def _check_route(logits: Tensor, bias: Tensor | None, *how: Any) -> None:
 def _route_fake(logits: Tensor, bias: Tensor | None, k: int, *how: Any) -> tuple[Tensor, Tensor]:
     _check_route(logits, bias, k, *how)
     shape = logits.shape[0], k
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+def _hash_route(
+    logits: Tensor, table: Tensor, tokens: Tensor, score: str, renorm: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    _check_hash_route(logits, table, tokens, score, renorm, scale)
+    made = make_key(
+        "hash_route",
+        logits,
+        (logits.shape[1], 0, table.shape[0]),
+        k=table.shape[1],
+        weights=tokens.dtype,
+        integers=table.dtype,
+        router=(("score", score), ("renorm", renorm), ("scale", scale)),
+    )
+    w, id = call(made, logits, table, tokens)
+    return w, id
+
+
+def _check_hash_route(
+    logits: Tensor, table: Tensor, tokens: Tensor, score: str, renorm: bool, scale: float
+) -> None:
+    inputs.check_hash_router(logits, table, tokens, score, scale)
+    inputs.check_devices(logits=logits, table=table, tokens=tokens)
+
+
+def _hash_route_fake(logits: Tensor, table: Tensor, tokens: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    _check_hash_route(logits, table, tokens, *how)
+    shape = logits.shape[0], table.shape[1]
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
 
@@ -124,5 +155,6 @@ def _routed_fake(
 
 
 register("route", f"({_ROUTE}) -> (Tensor, Tensor)", _route, _route_fake)
+register("hash_route", f"({_HASH_ROUTE}) -> (Tensor, Tensor)", _hash_route, _hash_route_fake)
 register("routed_experts", f"({_ROUTED}) -> Tensor", _routed, _routed_fake)
 register_out("routed_experts", _ROUTED, _routed, _routed_fake)

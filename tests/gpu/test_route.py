@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moec.ir.ops.hash_route import HashRoute
 from moec.ir.ops.route import SCORES, Route
 from moec.ir.types import f32
-from moec.ops import fused_experts, route, routed_experts
+from moec.ops import fused_experts, hash_route, route, routed_experts
 from tests.gpu.device import Device
 from tests.moec.experts import layer
 
@@ -85,6 +86,21 @@ def test_a_bad_token_goes_to_k_experts_and_changes_no_other(bad: float, score: s
     assert len(set(ids[3].tolist())) == 5 and int(ids.min()) >= 0 and int(ids.max()) < 64
     rest = [0, 1, 2, 4, 5, 6, 7, 8]
     assert torch.equal(weights[rest], clean[0][rest]) and torch.equal(ids[rest], clean[1][rest])
+
+
+@pytest.mark.parametrize("score", SCORES[1:])
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+def test_a_table_of_token_ids(tokens: int, score: str, device: Device) -> None:
+    """V4's first layers; some tokens have no row, some entries name no expert."""
+    generator = torch.Generator().manual_seed(4)
+    table = torch.randint(-1, 257, (1000, 6), generator=generator)
+    ids = torch.randint(-1, 1001, (tokens,), generator=generator)
+    logits = drawn(tokens, 256, torch.float32, device)
+    how: dict[str, Any] = {"score": score, "renorm": True, "scale": 1.5}
+    weights, chosen = hash_route(logits, table.to(device.type), ids.to(device.type), **how)
+    wanted, experts = HashRoute.reference(logits.cpu(), table, ids, **how, k=6, dtype=f32)
+    assert torch.equal(chosen.cpu(), experts)
+    torch.testing.assert_close(weights.cpu(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_graph_of_router_and_experts_without_waiting(device: Device) -> None:

@@ -5,6 +5,7 @@ transformers multiplies by kernels from the hub, on GPUs alone.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tests.moec.fp8_experts import quantise, spread
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 
 
-def emulated(x: Tensor, w: Tensor, scale: Tensor, block: Any = None, *rest: Any) -> Tensor:
+def emulated(x: Tensor, w: Tensor, scale: Tensor, block: Any = None, *rest: Any, **named: Any) -> Tensor:
     """``fp8_linear``: x quantised 1 x 128, its product with w's values times their scales."""
     if block is None and scale.numel() == 2:  # a scale of gate, one of up
         scale = scale.repeat_interleave(w.shape[0] // 2, dim=0)
@@ -41,7 +42,12 @@ def experts(
             setattr(config, name, fields[name])
     config._experts_implementation = "moec"
     cls = use_experts_implementation(theirs.FP8Experts, experts_interface=theirs.ALL_FP8_EXPERTS_FUNCTIONS)
-    made = cls(config, block, scheme, scale_fmt, expert_dtype=expert_dtype)
+    packed: dict[str, Any] = {}
+    if expert_dtype != "fp8":  # earlier versions read it in the model's configuration
+        config.expert_dtype = expert_dtype
+        known = "expert_dtype" in signature(theirs.FP8Experts.__init__).parameters
+        packed = {"expert_dtype": expert_dtype} if known else {}
+    made = cls(config, block, scheme, scale_fmt, **packed)
     generator = torch.Generator().manual_seed(1)
     if expert_dtype == "fp8":
         for name in ("gate_up_proj", "down_proj"):

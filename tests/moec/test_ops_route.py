@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moec.errors import BadInput, NotDifferentiable
-from moec.ops import compiled, fused_experts, route
+from moec.ops import compiled, fused_experts, hash_route, route
 from tests.moec.experts import layer, strided
 
 HIDDEN = 32
@@ -255,3 +255,72 @@ def test_it_fits_unchanged() -> None:
     route(torch.randn(5, 8), **FITS)
     zero = {"k": 3, "groups": 4, "masked": "zero"}  # V2's: the third is of another group and weighs nothing
     assert (route(torch.randn(5, 8), **FITS | zero)[0] == 0).sum(1).tolist() == [1] * 5
+
+
+# By a table.
+def by_table(experts: int = 8, k: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    table = torch.rand(20, experts, generator=generator).argsort(1)[:, :k]
+    logits = torch.randn(9, experts, generator=generator)
+    return logits, table, torch.randint(20, (9,), generator=generator)
+
+
+@torch.no_grad()
+def test_a_table_of_transformers() -> None:
+    name = "DeepseekV4HashRouter"
+    module = __import__("transformers.models.deepseek_v4.modeling_deepseek_v4", fromlist=[name])
+    fields = {"n_routed_experts": 256, "num_experts_per_tok": 6, "vocab_size": 50, "hidden_size": HIDDEN}
+    theirs = getattr(module, name)(AutoConfig.for_model("deepseek_v4", **fields))
+    generator = torch.Generator().manual_seed(1)
+    theirs.weight.normal_(generator=generator)
+    theirs.tid2eid.copy_(torch.rand(50, 256, generator=generator).argsort(1)[:, :6])
+    tokens = torch.randint(50, (30,), generator=generator)
+    logits, w, id = theirs(torch.randn(30, HIDDEN, generator=generator), tokens)
+    weights, ids = hash_route(logits, theirs.tid2eid, tokens, score="sqrtsoftplus", renorm=True, scale=1.5)
+    torch.testing.assert_close(weights, w)
+    assert torch.equal(ids.long(), id)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_what_no_table_names_is_skipped(score: str, integers: torch.dtype) -> None:
+    logits, table, tokens = by_table()
+    clean = hash_route(logits, table, tokens, score=score, renorm=False)
+    tokens[2], tokens[3] = -1, 20
+    table[tokens[0], 1] = 8
+    given = strided(logits), table.to(integers), tokens.to(integers)
+    weights, ids = hash_route(*given, score=score, renorm=False)
+    assert ids[2:4].eq(8).all() and weights[2:4].eq(0).all()
+    assert ids[0, 1] == 8 and weights[0, 1] == 0
+    rest = [t for t in range(9) if t not in (2, 3) and tokens[t] != tokens[0]]
+    assert rest and torch.equal(weights[rest], clean[0][rest]) and torch.equal(ids[rest], clean[1][rest])
+    one = layer(9, experts=8)
+    assert fused_experts(one.x, one.w13, one.w2, weights, ids)[2].eq(0).all()
+
+
+def test_a_table_as_a_pytorch_operator() -> None:
+    torch.library.opcheck(torch.ops.moec.hash_route.default, (*by_table(), "sqrtsoftplus", True, 1.5))
+    logits, table, tokens = by_table()
+    fast = torch.compile(hash_route, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (9, 4):
+        given = (logits[:n], table, tokens[:n])
+        wanted = hash_route(*given, score="sigmoid", renorm=True)
+        assert all(map(torch.equal, fast(*given, score="sigmoid", renorm=True), wanted))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "softmax"}, "score is 'softmax'; it must be one of sigmoid, sqrtsoftplus"),
+        ({"scale": math.nan}, "scale is nan"),
+        ({"table": torch.zeros(20, 3)}, r"table must be int32 or int64 \[vocab, k\] = .*, not float32"),
+        ({"table": torch.zeros(20, 0, dtype=torch.int64)}, "there is nothing to choose"),
+        ({"tokens": torch.zeros(8, dtype=torch.int64)}, r"tokens must be int32 or int64 \[T\] = \[9\]"),
+        ({"logits": torch.zeros(9)}, "logits must be"),
+    ],
+)
+def test_a_table_that_does_not_fit(changes: dict[str, Any], message: str) -> None:
+    logits, table, tokens = by_table()
+    given = {"logits": logits, "table": table, "tokens": tokens, "score": "sigmoid", "renorm": True}
+    with pytest.raises(BadInput, match=message):
+        hash_route(**given | changes)
