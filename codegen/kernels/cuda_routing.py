@@ -1,4 +1,8 @@
-"""Routing on GPUs in one launch: CUDA C++, since a grid that meets in the middle isn't Triton's to write."""
+"""Routing on GPUs in CUDA C++: choice and sort in one launch, in a grid whose blocks meet in the middle.
+
+``route`` alone is one launch in Triton too. Here it gives the bits that ``route_sort`` gives: both are
+compiled without fusing a * b + c, which could differ from one kernel to the next.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +22,35 @@ MOST_GROUPS = 32
 # Tokens a block, where there are enough multiprocessors: choosing takes a warp some 800 instructions a token,
 # and a multiprocessor has four schedulers.
 SPREAD = 8
+# Without headers C++ has no bf16 or fp16: the templates read and write their bits.
+STORED = {"f32": "float", "bf16": "unsigned short", "f16": "unsigned short"}
 
 
-def _route_sort(op: Op, device: GPU) -> dict[str, Any]:
+def _route(op: Op, device: GPU) -> dict[str, Any]:
     logits, bias = op.operands
-    experts = int(tensor(logits).shape[1])
     signature = {"logits": pointer(tensor(logits).dtype)}
     if bias is not None:
         signature["bias"] = pointer(tensor(bias).dtype)
     signature |= {"w": pointer(op.attrs["dtype"])}
-    signature |= dict.fromkeys(("id", "slot", "off", "counts", "here"), "*i32") | {"tokens": "i32"}
     return dict(op.attrs) | {
-        "experts": experts,
+        "experts": int(tensor(logits).shape[1]),
         "bias": bias is not None,
         "logits_dtype": tensor(logits).dtype.name,
         "bias_dtype": tensor(bias).dtype.name if bias is not None else None,
+        "stored": STORED,
+        "tokens_a_block": SPREAD,
+        "signature_lines": signature_lines(signature | {"id": "*i32", "tokens": "i32"}),
+    }
+
+
+def _route_sort(op: Op, device: GPU) -> dict[str, Any]:
+    made = _route(op, device)
+    own = dict.fromkeys(("slot", "off", "counts", "here"), "*i32")
+    *given, tokens = made["signature_lines"]
+    return made | {
         # 128 registers a thread, or 256: a lane's scores, of which it holds up to 32, must not spill.
-        "warps": 16 if experts <= 256 else 8,
-        "spread": SPREAD,
-        "signature_lines": signature_lines(signature),
+        "warps": 16 if made["experts"] <= 256 else 8,
+        "signature_lines": [*given, *signature_lines(own), tokens],
     }
 
 
@@ -59,5 +73,6 @@ def _reasons(op: Op) -> list[str]:
 
 
 register(
+    CudaKernel("route", "cuda/route.py.jinja", "cuda/route.cu.jinja", _route, _reasons),
     CudaKernel("route_sort", "cuda/route_sort.py.jinja", "cuda/route_sort.cu.jinja", _route_sort, _reasons),
 )

@@ -25,7 +25,7 @@ from tests.codegen import emulated
 from tests.codegen.routers import KINDS, ROUTERS, admissible, check, inputs, router
 from tests.codegen.triton_kernels import load, route_op
 
-RECORD = next(k for k in KERNELS if isinstance(k, Record) and k.op == "route_sort")
+RECORDS = {k.op: k for k in KERNELS if isinstance(k, Record)}
 needs_gxx = pytest.mark.skipif(
     emulated.COMPILER is None, reason="g++ isn't installed: it compiles the emulated kernels"
 )
@@ -33,15 +33,15 @@ needs_gxx = pytest.mark.skipif(
 
 def files(op: Op, target: str = "sm_90a", **constants: Any) -> tuple[str, str]:
     """The kernel file and the .cu file of one op."""
-    record = RECORD
+    record = RECORDS[op.name]
     if constants:
-        made = RECORD.constants
+        made = record.constants
         record = Record(
             op.name,
-            RECORD.template,
-            RECORD.source,
+            record.template,
+            record.source,
             lambda op, device: made(op, device) | constants,
-            RECORD.reasons,
+            record.reasons,
         )
     part, source = record.render(op, op.name, target), record.render_source(op, op.name, target)
     return cuda.kernel_file(op.name, [part], target), source
@@ -133,7 +133,21 @@ def test_many_tokens_a_block(name: str, tokens: int, seed: int, multiprocessors:
     """More rounds than one, with two warps a block; counts of blocks that have none."""
     op = router(name)
     operands = inputs(op, tokens, "steps", seed)
-    check(op, run(op, folder, operands, Launches(seed, multiprocessors), warps=2, spread=1), operands)
+    check(op, run(op, folder, operands, Launches(seed, multiprocessors), warps=2, tokens_a_block=1), operands)
+
+
+@needs_gxx
+@pytest.mark.parametrize("name", ROUTERS)
+@given(tokens=st.sampled_from([0, 1, 8, 19]), kind=st.sampled_from(KINDS), seed=st.integers(0, 1 << 16))
+@settings(max_examples=4)
+def test_the_choice_alone(name: str, tokens: int, kind: str, seed: int, folder: Path) -> None:
+    """The bits that choice and sort in one give."""
+    op, both = router(name, "route"), router(name)
+    operands = inputs(op, tokens, kind, seed)
+    found = run(op, folder, operands, Launches(seed))
+    check(op, found, operands)
+    for have, want in zip(found, run(both, folder, operands, Launches(seed)), strict=False):
+        torch.testing.assert_close(have, want, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_gxx
@@ -248,9 +262,9 @@ def test_the_judge_lets_only_rounding_pass() -> None:
 def test_the_cpu_runs_the_function_that_stands_in(folder: Path) -> None:
     """That is what a package runs with device="interpret"; nothing is launched."""
     for name in ROUTERS:
-        op = router(name)
-        operands = inputs(op, 7, "steps", 0)
-        check(op, getattr(module(op, folder), op.name)(*operands), operands)
+        for op in (router(name), router(name, "route")):
+            operands = inputs(op, 7, "steps", 0)
+            check(op, getattr(module(op, folder), op.name)(*operands), operands)
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "mixtral"])
@@ -259,11 +273,14 @@ def test_generated_files_read_as_before(name: str, golden: Callable[[str, str], 
     golden(f"cuda_route_sort.{name}.cu.txt", source)
     if name == "deepseek-v3":
         golden(f"cuda_route_sort.{name}.py.txt", python)
+        python, source = files(router(name, "route"))
+        golden(f"cuda_route.{name}.cu.txt", source)
+        golden(f"cuda_route.{name}.py.txt", python)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_sources_are_tidy(name: str) -> None:
-    for text in files(router(name)):
+    for text in (*files(router(name)), *files(router(name, "route"))):
         assert text.endswith("\n") and not text.endswith("\n\n") and "\n\n\n\n" not in text
         for line in text.splitlines():
             assert len(line) <= 110 and line == line.rstrip(), line
@@ -274,10 +291,10 @@ def facts(names: list[str], targets: list[str], folder: Path) -> None:
     """Nothing spills, and no array lies in local memory; a block's shared memory needs no asking for."""
     requests = []
     for name in names:
-        for target in targets:
-            op = router(name)
-            made = getattr(module(op, folder, target), op.name.upper())
-            requests += made.requests(target)
+        for op in (router(name), router(name, "route")):
+            for target in targets:
+                made = getattr(module(op, folder, target), op.name.upper())
+                requests += made.requests(target)
     cubins = compile_many(requests, cache=folder / "cache").check()
     for request, cubin in zip(requests, cubins, strict=True):
         found = cubin.facts
@@ -320,5 +337,5 @@ def test_what_nvrtc_makes_of_all(folder: Path) -> None:
     ],
 )
 def test_what_is_not_supported_says_why(op: Callable[[], Op], reason: str | None) -> None:
-    found = RECORD.supports(op())
+    found = RECORDS["route_sort"].supports(op())
     assert (not found) if reason is None else any(reason in r for r in found)
