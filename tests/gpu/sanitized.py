@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from moec.ops import fused_experts, grouped_experts, route
+from moec.ops import fused_experts, grouped_experts, route, routed_experts
 from tests.gpu import reference
 from tests.gpu.device import Device
 from tests.moec.experts import close, layer
@@ -40,6 +40,12 @@ def main(device: Device) -> None:
         logits = torch.randn(70, experts, device=device.type)
         weights, ids = route(logits, k=k, score="sqrtsoftplus", renorm=True, groups=4, topk_groups=2)
         assert bool((weights > 0).all()) and int(ids.min()) >= 0 and int(ids.max()) < experts
+    for tokens in (1, 17, 300):  # a block alone, and blocks that wait for each other
+        one = device.layer(layer(tokens, k=3, experts=60, hidden=72, width=40, dtype=torch.bfloat16))
+        logits, how = torch.randn(tokens, 60, device=device.type), {"score": "sigmoid", "renorm": True}
+        y = routed_experts(one.x, logits, one.w13, one.w2, k=3, **how)
+        weights, ids = route(logits, k=3, **how)
+        close(y, fused_experts(one.x, one.w13, one.w2, weights, ids), torch.bfloat16)
 
 
 if __name__ == "__main__":
