@@ -18,8 +18,10 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 import moec
 import moec.models as m
 from moec.check import verify_package
+from moec.driver import pipeline_of
 from moec.ir import TensorType
 from moec.ir.types import f32, i64, symbol
+from moec.passes import PassManager
 from moec.runtime.batch import Batch
 from tests.codegen.emission import agree, forward
 from tests.ir.helpers import reference
@@ -133,6 +135,18 @@ def test_a_model_whose_first_layers_route_by_hash(tmp_path: Path) -> None:
         table = loaded.weights[f"model.layers.{layer}.mlp.gate.tid2eid"]
         assert torch.equal(choices[layer][1].long(), table[torch.arange(12)])
         assert all(len(set(row)) == K and max(row) < EXPERTS for row in table.tolist())
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_its_gate_stays_a_product_of_its_own_in_high_precision(fp8: bool) -> None:
+    """As any router's: its scores weigh experts."""
+    layer = m.Decoder(m.GQA(heads=2, kv_heads=1, head_dim=64), block())
+    module = m.lower(m.Model(vocab=VOCAB, hidden=128, layers=[layer]))
+    PassManager(pipeline_of(moec.BuildOptions(target="sm_90a", fp8=fp8))).run(module)
+    (router,) = [op for f in module for op in f.ops if op.name == "hash_route"]
+    gate = router.operands[0].op  # type: ignore[union-attr]
+    assert gate.name == "linear" and gate.operands[1].name == "mlp.gate.weight"
+    assert all(v is None or v.type.scale is None for v in gate.operands)
 
 
 def test_the_table_stays_int64(tmp_path: Path) -> None:
