@@ -1,9 +1,9 @@
 """What users of other MoE kernels ran into: each must not happen here. The reports stand with the tests.
 
-Beside what users_bugs_interpreted.py computes, this is what compiled code, the IR and the cache must show. Tuning
-has its own: test_tuned.py for configurations that are stale, damaged or another device's (vllm#34846, #54500,
-sglang#5740), tests/moec/test_tune.py for tuning that takes 77 minutes, or ends with a candidate that crashes
-(vllm#44830, Liger-Kernel#1246).
+Beside what users_bugs_interpreted.py computes, this is what compiled code, the IR and the cache must show.
+Tuning has its own: test_tuned.py for configurations that are stale, damaged or another device's (vllm#34846,
+#54500, sglang#5740), tests/moec/test_tune.py for tuning that takes 77 minutes, or ends with a candidate that
+crashes (vllm#44830, Liger-Kernel#1246).
 """
 
 from __future__ import annotations
