@@ -18,7 +18,7 @@ from statistics import median
 
 from moec.codegen.constants import ASSUMED, Constants
 from moec.codegen.schedules import Problem, Schedule
-from moec.codegen.select import ROWS, explain, ladder, least_loss
+from moec.codegen.select import ROWS, eligible, explain, ladder, least_loss
 from moec.codegen.tuned import Tuning
 from moec.ir.devices import GPU, GPUS
 
@@ -122,7 +122,10 @@ def _seconds(problem: Problem, device: GPU, how: Choosing, every: bool = False) 
         if close and not every:
             found[rows] = known[near]
             continue
-        model = {c.schedule: c.seconds for c in explain(problem, device, rows, _constants(device, how))}
+        choices = explain(problem, device, rows, _constants(device, how))
+        model = {
+            c.schedule: c.seconds for c in choices if every or eligible(c.schedule, problem, device, rows)
+        }
         if close:
             factor = median(seconds / model[s] for s, seconds in known[near].items())
             model = {s: known[near].get(s, seconds * factor) for s, seconds in model.items()}
@@ -131,9 +134,12 @@ def _seconds(problem: Problem, device: GPU, how: Choosing, every: bool = False) 
 
 
 def _one_for_all(seconds: Seconds) -> Schedule:
-    """The schedule that loses least over all rows, Σ log(seconds / least seconds)."""
+    """The schedule that loses least over all rows, Σ log(seconds / least seconds).
+
+    None that splits K: with many rows the parts' sums would fill the memory.
+    """
     best = {rows: min(known.values()) for rows, known in seconds.items()}
-    schedules = next(iter(seconds.values()))
+    schedules = [s for s in next(iter(seconds.values())) if s.split == 1]
     return min(
         schedules, key=lambda s: sum(math.log(known[s] / best[rows]) for rows, known in seconds.items())
     )

@@ -21,6 +21,9 @@ from moec.ir.devices import GPU
 Form = Literal["rows", "swapped"]
 # fp32 sums a thread may hold: with more, addresses and operands no longer fit into 255 registers.
 MOST_SUMS = 128
+# Into how many parts K may be split, and the fewest steps of a part: with fewer its pipeline hardly fills.
+SPLITS = (2, 4, 8)
+LEAST_STEPS = 4
 # A block's shared memory holds the pipeline's buffers and, beside them, barriers and small exchanges.
 SMEM_EXTRA = 1024
 
@@ -150,7 +153,9 @@ def space(problem: Problem, device: GPU) -> list[Schedule]:
         candidates = _warpgroup()
     else:
         candidates = _warp_mma()
-    candidates += [replace(s, persistent=True) for s in candidates if s.form == "rows"]
+    variants = [replace(s, persistent=True) for s in candidates if s.form == "rows"]
+    variants += [replace(s, split=parts) for s in candidates for parts in SPLITS]
+    candidates += variants
     return [s for s in candidates if not reasons_against(s, problem, device)]
 
 
@@ -159,10 +164,14 @@ def reasons_against(s: Schedule, problem: Problem, device: GPU) -> list[str]:
     reasons = []
     if (smem := problem.shared_memory(s, device)) > device.smem_per_block:
         reasons.append(f"{smem} bytes of shared memory, {device.name} has {device.smem_per_block} a block")
-    if (sums := problem.sums(s)) > (most := _most_sums(s, problem, device)):
+    # Where K is split, all parts' sums are on their way at once.
+    most = min(_most_sums(s, problem, device), MOST_SUMS // (2 if problem.itemsize == 4 else 1) // s.split)
+    if (sums := problem.sums(s)) > most:
         reasons.append(f"{sums} sums a thread, more than {most} spill registers")
     if s.persistent:
         reasons += _reasons_against_persistence(s, problem, device)
+    if s.split > 1:
+        reasons += _reasons_against_split(s, problem, device)
     if problem.quantised and s.block_n != 128:
         reasons.append("the result's scales are of 128 columns: a tile needs just as many")
     if not problem.fp8 and not problem.whole_rows and max(s.block_m, s.block_n) > 64:
@@ -191,6 +200,22 @@ def _reasons_against_persistence(s: Schedule, problem: Problem, device: GPU) -> 
         reasons.append(f"programs persist where {s.block_k} divides K and {s.block_n} the columns")
     if problem.column_scales:
         reasons.append("programs persist where a tile's columns share their scales, or have one for all of K")
+    return reasons
+
+
+def _reasons_against_split(s: Schedule, problem: Problem, device: GPU) -> list[str]:
+    """What splitting K gains, work for all SMs, products of many rows have anyway."""
+    reasons = []
+    steps = -(-problem.depth // s.block_k)
+    part = -(-steps // s.split)
+    if s.block_m > 32:
+        reasons.append("K is split where rows are few, in tiles of 32 of them or fewer")
+    if s.split not in SPLITS:
+        reasons.append(f"K is split into {', '.join(map(str, SPLITS))} parts")
+    elif part < LEAST_STEPS or (s.split - 1) * part >= steps:
+        reasons.append(f"K has {steps} steps: a part is {LEAST_STEPS} or more")
+    if -(-problem.columns // s.block_n) * s.split > 2 * device.sms:
+        reasons.append(f"one row's tiles in so many parts are more than twice the {device.sms} SMs")
     return reasons
 
 

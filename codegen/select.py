@@ -64,15 +64,16 @@ def terms(
     and the products (padding included) add to that. They run side by side: the slowest counts, and a little
     of the others.
     ``last wave``: SMs that idle in it. ``prologue``: starting and ending programs, as far as no other program
-    of the SM covers it; persistent ones start once. ``launch``.
+    of the SM covers it; persistent ones start once. ``parts``: where K is split, the parts' sums to L2 and
+    back, and waiting for both. ``launch``.
     """
     size, matrices, depth = problem.itemsize, problem.matrices, problem.depth
     active = problem.experts * -math.expm1(-rows)  # experts with rows
-    m_tiles = problem.experts * row_tiles(rows, schedule.block_m)
-    tiles = max(1.0, m_tiles * math.ceil(problem.columns / schedule.block_n))
+    tiles = tiles_of(schedule, problem, rows)
+    started = tiles * schedule.split
     programs = programs_per_sm(schedule, problem, device)
-    busy = min(tiles, device.sms * programs)  # programs at once
-    sms = min(tiles, device.sms)
+    busy = min(started, device.sms * programs)  # programs at once
+    sms = min(started, device.sms)
 
     weights = active * matrices * problem.columns * depth * size / device.bandwidth
     activations = rows * problem.experts * problem.bytes_per_row / device.bandwidth
@@ -92,8 +93,10 @@ def terms(
     }
     added["in flight"] = flight - dram if slowest == "in flight" else 0.0
     body = dram + sum(added.values())
-    waves = math.ceil(tiles / (device.sms * programs))
-    idle = waves * device.sms * programs / tiles - 1 if waves > 1 else 0.0
+    waves = math.ceil(started / (device.sms * programs))
+    idle = waves * device.sms * programs / started - 1 if waves > 1 else 0.0
+    sums = rows * problem.experts * matrices * problem.columns * 4  # bytes of a part's
+    exchanged = 2 * schedule.split * sums / min(device.l2_bandwidth, sms * constants.sm_bandwidth)
     return {
         "weights": weights,
         "activations": activations,
@@ -103,8 +106,15 @@ def terms(
         "last wave": (1.0 if schedule.persistent else 0.5) * body * idle,
         "prologue": constants.prologue
         + (constants.stores if schedule.persistent else constants.prologue) * (waves - 1) / programs,
+        "parts": exchanged + 2 * constants.latency if schedule.split > 1 else 0.0,
         "launch": device.launch_s,
     }
+
+
+def tiles_of(schedule: Schedule, problem: Problem, rows: float) -> float:
+    """Tiles of the result for ``rows`` rows an expert on average."""
+    m_tiles = problem.experts * row_tiles(rows, schedule.block_m)
+    return max(1.0, m_tiles * math.ceil(problem.columns / schedule.block_n))
 
 
 def programs_per_sm(schedule: Schedule, problem: Problem, device: GPU) -> int:
@@ -165,7 +175,13 @@ def explain(problem: Problem, device: GPU, rows: float, constants: Constants = A
 
 def choose(problem: Problem, device: GPU, rows: float, constants: Constants = ASSUMED) -> Choice:
     """The schedule that the model takes to be fastest for ``rows`` rows an expert on average."""
-    return explain(problem, device, rows, constants)[0]
+    choices = explain(problem, device, rows, constants)
+    return next(c for c in choices if eligible(c.schedule, problem, device, rows))
+
+
+def eligible(schedule: Schedule, problem: Problem, device: GPU, rows: float) -> bool:
+    """K isn't split where a product's tiles are enough for all SMs: its parts take memory and a wait."""
+    return schedule.split == 1 or tiles_of(schedule, problem, rows) < device.sms
 
 
 def ladder(problem: Problem, device: GPU, constants: Constants = ASSUMED) -> list[tuple[float, Schedule]]:
@@ -187,9 +203,12 @@ def _ladder_of_target(problem: Problem, target: str, constants: Constants) -> li
 
 
 def _ladder(problem: Problem, device: GPU, constants: Constants) -> list[tuple[float, Schedule]]:
-    seconds = {
-        rows: {c.schedule: c.seconds for c in explain(problem, device, rows, constants)} for rows in ROWS
-    }
+    seconds = {}
+    for rows in ROWS:
+        choices = explain(problem, device, rows, constants)
+        seconds[rows] = {
+            c.schedule: c.seconds for c in choices if eligible(c.schedule, problem, device, rows)
+        }
     return least_loss(seconds)
 
 

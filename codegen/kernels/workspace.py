@@ -7,6 +7,7 @@ figures bound what tests/codegen measures.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -77,6 +78,21 @@ def _summed(op: Op) -> Amount:
     return _by_slot(op) * 2 + _in_fp32(
         [rows, *(v.type for v in (*op.operands[5:], *op.results) if v is not None)]
     )
+
+
+_SPLIT = re.compile(r"(?:<(\S+) rows: *)?[^;]* split(\d+)")
+
+
+def _split(op: Op) -> Amount:
+    """Where its schedule splits K: the sums of the parts, of as many rows as that rung of it is for."""
+    w = _type(op, 1)
+    experts = w.shape[0] if w.rank == 3 else 1
+    rows = _type(op, 2).shape[0] if op.name == "gather_grouped_linear" else math.prod(_type(op, 0).shape[:-1])
+    most = NOTHING
+    for below, parts in _SPLIT.findall(op.annotations.get("schedule") or ""):
+        held = sympy.Min(rows, math.ceil(float(below) * experts)) if below else rows
+        most += Amount.of(held * w.shape[-2] * 4 * int(parts))
+    return most
 
 
 def _gathered(op: Op) -> Amount:
@@ -170,6 +186,11 @@ WORKSPACE: dict[str, Workspace] = {
     "triton.local_sort": _counts,
     "cuda.route_sort": _counts_of_blocks,
     "triton.combine": _places,
-    "triton.grouped_linear_combine": _by_slot,
-    "triton.fp8_grouped_linear_combine": _by_slot,
+    "triton.grouped_linear_combine": lambda op: _by_slot(op) + _split(op),
+    "triton.fp8_grouped_linear_combine": lambda op: _by_slot(op) + _split(op),
+    "triton.grouped_linear": _split,
+    "triton.fp8_grouped_linear": _split,
+    "triton.gather_grouped_linear": _split,
+    "triton.fp8_gather_grouped_linear": _split,
+    "triton.fp8_linear": _split,
 }

@@ -39,6 +39,7 @@ def explained(spec: str, target: str, tokens: list[int]) -> Rows:
     from moec.codegen.kernels.triton_grouped import problem
     from moec.codegen.select import choose
     from moec.ir.devices import GPUS
+    from moec.ir.ops.moe import ExpertProduct
 
     goal = codegen.target(target)
     if goal.name not in GPUS:
@@ -50,9 +51,7 @@ def explained(spec: str, target: str, tokens: list[int]) -> Rows:
     per_token: dict[Any, int] = {}
     for function in module:
         for op in function.ops:
-            if op.name in ("gather_grouped_linear", "grouped_linear") and isinstance(
-                select(op, goal.name), TritonKernel
-            ):
+            if isinstance(op, ExpertProduct) and isinstance(select(op, goal.name), TritonKernel):
                 shape = problem(op)
                 found.setdefault(shape, op.name)
                 per_token[shape] = _slots_per_token(op)
@@ -68,5 +67,7 @@ def explained(spec: str, target: str, tokens: list[int]) -> Rows:
 
 def _slots_per_token(op: Any) -> int:
     """Rows of the product for each token: the coefficient of its symbolic number of rows."""
-    rows = op.results[0].type.shape[0]
+    from moec.codegen.kernels.triton_grouped import product_type
+
+    rows: Any = product_type(op).shape[0]
     return int(rows.as_coeff_Mul()[0])

@@ -11,6 +11,7 @@ import torch
 
 import moec
 from moec import models, passes
+from moec.codegen.kernels import select
 from moec.codegen.records import KernelRecords
 from moec.ir import TensorType, memory, parse_module, read_module
 from moec.ir.amount import Amount
@@ -21,6 +22,7 @@ from moec.runtime.cache import CachedSequence
 from tests.codegen.emission import Emitted, forward
 from tests.codegen.live_bytes import LiveBytes
 from tests.codegen.packages import TINY, build
+from tests.codegen.triton_kernels import op
 
 # New tokens and cached ones of each sequence. Of N tokens fp32 products on the CPU compute up to the next
 # multiple of 16 or 64: these are such.
@@ -240,3 +242,15 @@ def test_the_manifest_says_the_peak(tmp_path: Path) -> None:
     assert said["entries"]["step"]["peak"] == plan.formula("step")
     assert len(said["entries"]["step"]["largest"]) == 5
     assert build("deepseek-v3-tiny", tmp_path / "naive", 0).manifest["memory_plan"] is None
+
+
+def test_parts_of_a_split_are_planned() -> None:
+    """Sums of 2 parts, gate and up, of up to 4 · 0.5 rows, then of all rows."""
+    args = ["%x: bf16[T,512]", "%w: bf16[4,512,512]", "%slot: i32[2*T~4]", "%off: i32[5]"]
+    tile = "swapped 16x64x64 w4 s4"
+    ladder = f"<0.5 rows: {tile} split2; <8 rows: {tile}; swapped 16x128x64 w4 s4 split2"
+    line = 'gather_grouped_linear(%x, %w, %slot, %off) {epilogue=swiglu, per_row=2, schedule="LADDER"}'
+    product = op(args, line.replace("LADDER", ladder), "bf16[2*T~4,256]")
+    found = select(product, "sm_90a").workspace(product).expr
+    for tokens, bytes in ((1, 512 * 4 * (2 * 2 + 2 * 2)), (100, 512 * 4 * (2 * 2 + 200 * 2))):
+        assert found.subs(symbol("T"), tokens) == bytes

@@ -68,6 +68,9 @@ HARD = {
     "tails, down": lambda dtype: grouped_op(dtype, 60, 104, 72),
     "pieces": lambda dtype: grouped_op(dtype, 60, 75, 100, gather=True, per_row=6, act="silu"),
     "pieces, down": lambda dtype: grouped_op(dtype, 60, 100, 74, scatter=True),
+    "long tails": lambda dtype: grouped_op(dtype, 60, 75, 2024, gather=True, per_row=6, act="gelu"),
+    "long tails, summed": lambda dtype: grouped_combine_op(dtype, 60, 104, 2024, 20),
+    "long pieces": lambda dtype: grouped_op(dtype, 60, 75, 2022, gather=True, per_row=6, act="gelu"),
     "pieces, summed": lambda dtype: grouped_combine_op(dtype, 60, 100, 74, 20, plus="f32"),
 }
 # Scaled: as DeepSeek-V3 has it, and what takes more registers.
@@ -99,6 +102,10 @@ HARD_FP8 = {
     "tails, quantised": lambda: fp8_op(60, 200, 208, gather=True, per_row=6, act="gelu", quant="fp32"),
     "pieces, quantised": lambda: fp8_op(60, 75, 200, gather=True, per_row=6, act="gelu", quant="fp32"),
     "pieces, down": lambda: fp8_op(60, 200, 76, scatter=True),
+    "long tails": lambda: fp8_op(60, 200, 2000, gather=True, per_row=6, act="gelu", quant="fp32"),
+    "long pieces": lambda: fp8_op(
+        60, 75, 1996, gather=True, per_row=6, act="gelu", scales=("1x128", "64x128")
+    ),
     "pieces, summed": lambda: grouped_combine_op("f8e4m3", 60, 200, 76, 20, scales=("1x*", "64x128")),
     "dense, tails": lambda: linear_op(75, 208, ("1x128", "64x128")),
     "dense, pieces": lambda: linear_op(200, 76, ("1x*", "1x*"), "f32"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.codegen.schedules import Problem, Schedule, reasons_against, space
-from moec.codegen.select import choose, explain, ladder, row_tiles, terms
+from moec.codegen.select import choose, explain, ladder, row_tiles, terms, tiles_of
 from moec.codegen.targets import TARGETS
 from moec.ir.devices import GPUS
 
@@ -118,3 +118,45 @@ def test_terms_name_what_bounds() -> None:
     assert max(many, key=lambda t: many[t]) == "matrix unit"
     # Too few rows for the tile: the padding is multiplied too.
     assert terms(big, V3_UP, H100, 1.0)["matrix unit"] > few["matrix unit"]
+
+
+# What one of eight GPUs that share DeepSeek-V3's experts by columns multiplies; attention's first product.
+SLICE = Problem(256, 256, 7168, "bf16", 2, matrices=2, gathered=True)
+DENSE = Problem(1, 2112, 7168, "f8e4m3", 1)
+
+
+def test_k_is_split_where_tiles_do_not_fill_the_chip() -> None:
+    """One token's 8 experts have 32 tiles, a dense product's rows 33; V3's own 8 experts have 256."""
+    for problem, parts in ((SLICE, True), (DENSE, True), (V3_UP, False)):
+        few = ladder(problem, H100)[0][1]
+        assert (few.split > 1) == parts, few
+    assert all(s.split == 1 for below, s in ladder(SLICE, H100) if below > 1.0)
+    assert choose(SLICE, H100, 16.0).schedule.split == 1
+
+
+def test_terms_of_parts() -> None:
+    """More SMs take part, more bytes are on their way; what is exchanged is each part's sums, twice."""
+    one = Schedule("swapped", 16, 64, 64, 4, 4)
+    whole, parts = (terms(s, SLICE, H100, 8 / 256) for s in (one, replace(one, split=4)))
+    assert parts["weights"] == whole["weights"] and whole["parts"] == 0
+    assert parts["in flight"] < whole["in flight"]
+    exchanged = 2 * 4 * 8 * 2 * 256 * 4 / min(H100.l2_bandwidth, tiles_of(one, SLICE, 8 / 256) * 4 * 100e9)
+    assert parts["parts"] == pytest.approx(2e-6 + exchanged)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reason"),
+    [
+        (Schedule("swapped", 16, 64, 64, 4, 4, split=4), ""),
+        (Schedule("swapped", 16, 64, 64, 4, 4, split=3), "2, 4, 8 parts"),
+        (Schedule("swapped", 16, 64, 64, 4, 4, split=8), "K has 20 steps: a part is 4 or more"),
+        (Schedule("rows", 64, 64, 64, 4, 4, split=2), "tiles of 32 of them or fewer"),
+        (Schedule("rows", 64, 128, 64, 4, 4, split=2, persistent=True), "K in one"),
+    ],
+    ids=lambda v: v.text if isinstance(v, Schedule) else "",
+)
+def test_parts_that_are_refused(schedule: Schedule, reason: str) -> None:
+    found = "; ".join(reasons_against(schedule, Problem(64, 256, 1280, "bf16", 2), H100))
+    assert reason in found and bool(found) == bool(reason)
+    wide = Problem(64, 14336, 1280, "bf16", 2)
+    assert "one row's tiles" in "; ".join(reasons_against(replace(schedule, split=4), wide, H100))
