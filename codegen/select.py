@@ -204,7 +204,7 @@ def _ladder_of_target(problem: Problem, target: str, constants: Constants) -> li
 
 def _ladder(problem: Problem, device: GPU, constants: Constants) -> list[tuple[float, Schedule]]:
     seconds = {}
-    for rows in ROWS:
+    for rows in [rows for rows in ROWS if rows * problem.experts >= 1]:
         choices = explain(problem, device, rows, constants)
         seconds[rows] = {
             c.schedule: c.seconds for c in choices if eligible(c.schedule, problem, device, rows)
