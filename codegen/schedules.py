@@ -223,7 +223,9 @@ def _most_sums(s: Schedule, problem: Problem, device: GPU) -> int:
     if problem.itemsize == 4:
         return 32  # products by multiply-add keep many operands in registers
     if problem.fp8:  # a step's sums are added to those of all steps: there are two sets
-        return MOST_SUMS // 2 if device.warpgroup_mma and s.form == "rows" else MOST_SUMS // 4
+        # Rows in pieces of less than 16 bytes have many addresses beside them.
+        rows = device.warpgroup_mma and s.form == "rows" and problem.whole_rows
+        return MOST_SUMS // 2 if rows else MOST_SUMS // 4
     if not device.warpgroup_mma:
         return MOST_SUMS // 2  # mma.sync holds its operands in registers too
     if problem.gathered and s.form == "rows" and s.block_m > 16 * s.warps:
