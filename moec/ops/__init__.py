@@ -85,8 +85,8 @@ def route(
     Raises BadInput, also for routers that aren't defined: a ``top2sum`` of one expert a group, or k beyond
     what the kept groups have; otherwise as ``fused_experts``.
     """
-    how = (groups, topk_groups, group_score, masked, renorm, float(scale))
-    weights, ids = torch.ops.moec.route(logits, bias, k, score, *how)
+    router = _router(k, score, groups, topk_groups, group_score, masked, renorm, scale)
+    weights, ids = torch.ops.moec.route(logits, bias, *router)
     return weights, ids
 
 
@@ -105,7 +105,8 @@ def hash_route(
     An entry that names no expert, and each choice of a token that has no row, becomes E with weight 0: the
     experts skip it. Raises BadInput; otherwise as ``fused_experts``.
     """
-    weights, ids = torch.ops.moec.hash_route(logits, table, tokens, score, renorm, float(scale))
+    _, score, *_, renorm, scale = _router(1, score, 1, 1, "max", "zero", renorm, scale)
+    weights, ids = torch.ops.moec.hash_route(logits, table, tokens, score, renorm, scale)
     return weights, ids
 
 
@@ -201,7 +202,7 @@ def routed_experts(
 
     Raises as both do.
     """
-    router = (k, score, groups, topk_groups, group_score, masked, renorm, float(scale))
+    router = _router(k, score, groups, topk_groups, group_score, masked, renorm, scale)
     scales = (w13_scale, w2_scale, x_scale)
     arguments = (x, logits, w13, w2, bias, *router, shared, activation, limit, *scales, batch_invariant)
     if out is None:
@@ -247,6 +248,34 @@ def grouped_experts(
     _refuse_gradients("grouped_experts", x_sorted, w13, w2, out)
     torch.ops.moec.grouped_experts_out(*arguments, out)
     return out
+
+
+def _router(
+    k: int,
+    score: str,
+    groups: int,
+    topk_groups: int,
+    group_score: str,
+    masked: str,
+    renorm: bool,
+    scale: float,
+) -> tuple[int, str, int, int, str, str, bool, float]:
+    """The same, each known to be of its kind: PyTorch's word for another would name no argument of ours."""
+    kinds: dict[str, tuple[object, type | tuple[type, ...], str]] = {
+        "k": (k, int, "an integer"),
+        "score": (score, str, "a word"),
+        "groups": (groups, int, "an integer"),
+        "topk_groups": (topk_groups, int, "an integer"),
+        "group_score": (group_score, str, "a word"),
+        "masked": (masked, str, "a word"),
+        "scale": (scale, (int, float), "a number"),
+    }
+    for name, (value, kind, said) in kinds.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise BadInput(f"{name} is {value!r}; it must be {said}")
+    if not isinstance(renorm, bool):
+        raise BadInput(f"renorm is {renorm!r}; it must be True or False")
+    return k, score, groups, topk_groups, group_score, masked, renorm, float(scale)
 
 
 def _first_expert(expert_range: ExpertRange | None, w13: Tensor) -> int:
