@@ -71,7 +71,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -118,6 +118,8 @@ class Launchable:
     ``grid`` is 1 to 3 numbers of blocks; where one is 0, nothing runs.
     """
 
+    remedies: ClassVar[tuple[str, ...]] = ()  # where an argument breaks a promise
+
     def __init__(self, name: str, file: Path, divisible: tuple[str, ...]) -> None:
         self.name, self.file, self.divisible = name, file, divisible
         self._arguments: dict[str, Arguments] = {}
@@ -153,7 +155,7 @@ class Launchable:
         if broken and not self.twins()[variant]:
             raise Misaligned(
                 f"{self.name} {variant}: {broken}, but was promised to be one when it was compiled",
-                notes=["a variant with unaligned=True takes any"],
+                notes=list(self.remedies),
             )
         blocks = _three(self.name, grid)
         if 0 in blocks:
@@ -207,6 +209,8 @@ class Launchable:
 
 class Kernel(Launchable):
     """A Triton function, its signature and its variants: ``KERNEL[variant, grid](*args)`` launches it."""
+
+    remedies = ("a variant with unaligned=True takes any",)
 
     def __init__(
         self,

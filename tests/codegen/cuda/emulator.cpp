@@ -106,10 +106,9 @@ void finish_block() {
         if (f.state == WAITING) f.state = READY;
 }
 
-// Runs the block's threads until they have ended or sleep. Whether anything but waking up happened.
-bool advance() {
+// Runs the block's threads until all have ended, or wait for one that sleeps, which it wakes.
+void advance() {
     const unsigned n = block->fibres.size();
-    bool moved = false;
     for (;;) {
         bool ran = false;
         unsigned at = random_number() % n, step = random_number() % 2 ? 1 : n - 1;
@@ -123,16 +122,13 @@ bool advance() {
             if (f.state == DONE) finish_block();
         }
         if (!ran) break;
-        moved = true;
     }
-    bool waits = false;
+    bool waits = false, slept = false;
     for (Fibre& f : block->fibres) {
         waits |= f.state == WAITING;
-        if (f.state == ASLEEP) f.state = READY, waits = false;
-        if (f.state == READY) return moved;
+        if (f.state == ASLEEP) f.state = READY, slept = true;
     }
-    if (waits) fail("threads wait for each other for ever");
-    return moved;
+    if (waits && !slept) fail("threads wait for each other for ever");
 }
 
 void enter(Block& next) {
@@ -182,18 +178,18 @@ const char* run(void (*f)(void*), void* given, dim3 grid, unsigned threads, unsi
         result = message;
     } else {
         size_t left = blocks.size();
-        for (int idle = 0; left && idle < 3; idle++)
+        for (int idle = 0; left && idle < 100; idle++)  // sweeps in which nobody ended
             for (Block& b : blocks) {
                 if (!b.fibres.empty() && !b.live) continue;
                 enter(b);
                 const unsigned before = b.live;
-                do {
-                    if (advance() && b.live < before) idle = 0;
-                } while (!cooperative && b.live && ++idle < 1000);
+                for (int spins = 0; spins < (cooperative ? 1 : 100) && b.live; spins++) advance();
+                if (b.live && !cooperative) fail("a block waits for another that may not run");
+                if (b.live < before) idle = 0;
                 b.shared.assign(__start_cuda_shared, __stop_cuda_shared);
                 if (!b.live) left--, b.fibres.clear(), b.fibres.resize(1), b.fibres[0].state = DONE;
             }
-        if (left) result = cooperative ? "blocks wait for each other for ever" : "a block waits for another that may not run";
+        if (left) result = "blocks wait for each other for ever";
     }
     signal(SIGILL, ill), signal(SIGTRAP, trap), signal(SIGSEGV, segv);
     return result;
