@@ -26,6 +26,10 @@ def main(device: Device) -> None:
                 reference.grouped(one, one.x, off),
                 dtype,
             )
+    # K in parts, of the first product and of the second; who ends last adds them up.
+    for experts, hidden, width in ((16, 4096, 32), (4, 256, 4096)):
+        one = device.layer(layer(3, k=2, experts=experts, hidden=hidden, width=width, dtype=torch.bfloat16))
+        close(fused_experts(*one.args), reference.experts(one), torch.bfloat16)
     for block in BLOCKS:
         for tokens in (1, 70):
             one8 = fp8_layer(block, tokens=tokens, k=3, experts=8, hidden=136, width=36)
