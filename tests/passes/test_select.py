@@ -170,7 +170,7 @@ def test_the_impossible_names_its_line(change: tuple[str, str], error: type[Moec
 def test_a_kernel_of_another_target_is_refused() -> None:
     m = edited()
     m.target = "cpu"
-    with pytest.raises(UnknownKernel, match=r"triton\.\w+ is for sm_80, .*, not cpu; for cpu there is torch"):
+    with pytest.raises(UnknownKernel, match=r"cuda\.\w+ is for sm_80, .*, not cpu; for cpu there is torch"):
         run("select", m)
 
 
