@@ -19,11 +19,13 @@ from moec.codegen.kernels.triton_grouped import (
     constants_of,
     form_of,
     problem,
+    product_type,
     reasons,
     rungs,
     scaled_reasons,
     shown,
 )
+from moec.codegen.kernels.triton_grouped_combine import Rungs, combine_reasons, combined_constants
 from moec.codegen.schedules import Problem, Schedule
 from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op
@@ -61,7 +63,7 @@ class WarpSpecialised:
 
 def schedule(op: Op) -> Schedule:
     """The tile, as its twin has it: two warpgroups' registers hold its sums, and it fills shared memory."""
-    p, size = problem(op), tensor(op.results[0]).dtype.bits // 8
+    p, size = problem(op), product_type(op).dtype.bits // 8
     columns = 256 if p.matrices == 1 and not p.fp8 and p.columns % 256 == 0 else 128
     s = Schedule("rows", ROWS, columns, 128 // p.itemsize, 8, 8, persistent=True)
     while shared_memory(p, s, size) > GPUS[TARGET].smem_per_block:
@@ -103,11 +105,16 @@ def reasons_against(op: Op) -> list[str]:
 
 def constants(op: Op, device: GPU) -> dict[str, Any]:
     """The template's constants: Triton's for few rows, and those of the kernel for many."""
-    few, p = rungs(op, device)[:-1], problem(op)
+    return constants_above(op, device, rungs(op, device))
+
+
+def constants_above(op: Op, device: GPU, rungs: Rungs) -> dict[str, Any]:
+    """The same for Triton's ladder, whose last rung is the kernel's."""
+    few, p = rungs[:-1], problem(op)
     s = schedule(op)
     twin = form_of(op, device, "twin", (s,))
     t = twin.flags
-    vector = 16 // (p.itemsize if p.quantised or not p.fp8 else t.to.bits // 8)
+    vector = 16 // (product_type(op).dtype.bits // 8)
     across = min(32, s.block_n // vector)
     warps = 4 if t.gather else 1
     names = ["y", *["y_scale"] * bool(t.quant), *["w_scale"] * p.fp8, *["slot"] * t.scatter]
@@ -131,21 +138,28 @@ def constants(op: Op, device: GPU) -> dict[str, Any]:
     return {**made, "t": t, "ladders": [("LADDER", ladder)], "ws": ws, "itemsize": p.itemsize}
 
 
-for _op in ("gather_grouped_linear", "grouped_linear"):
-    register(
-        TritonKernel(
-            _op,
-            "gluon/grouped_linear.py.jinja",
-            constants,
-            reasons_against,
-            helpers=(
-                "triton/grouped_tile.py.jinja",
-                "triton/quantize.py.jinja",
-                "gluon/tiles.py.jinja",
-                "gluon/quantize.py.jinja",
-            ),
-            targets=(TARGET,),
-            by_name_only=True,
-            name=f"gluon.{_op}",
-        )
+def combine_constants(op: Op, device: GPU) -> dict[str, Any]:
+    """The template's constants where each token's rows are summed: in a launch of its own, for many."""
+    return combined_constants(op, device, rungs(op, device), constants_above)
+
+
+def _kernel(op: str) -> TritonKernel:
+    combine = op == "grouped_linear_combine"
+    return TritonKernel(
+        op,
+        f"gluon/{op if combine else 'grouped_linear'}.py.jinja",
+        combine_constants if combine else constants,
+        (lambda op: reasons_against(op) + combine_reasons(op)) if combine else reasons_against,
+        helpers=(
+            "triton/grouped_tile.py.jinja",
+            "triton/quantize.py.jinja",
+            "gluon/tiles.py.jinja",
+            "gluon/quantize.py.jinja",
+        ),
+        targets=(TARGET,),
+        by_name_only=True,
+        name=f"gluon.{op}",
     )
+
+
+register(*map(_kernel, ("gather_grouped_linear", "grouped_linear", "grouped_linear_combine")))

@@ -225,7 +225,7 @@ def form_of(
         if plus is not None:
             signature["plus"] = pointer(tensor(plus).dtype)
         signature["by_slot"] = pointer(y.dtype)
-    signature["y"] = pointer(tensor(op.results[0]).dtype)
+    signature["y"] = pointer(tensor(op.results[0]).dtype if sums else y.dtype)
     if flags.quant:
         signature["y_scale"] = "*fp32"
     if split:

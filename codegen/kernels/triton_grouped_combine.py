@@ -9,6 +9,7 @@ to a few programs, while the others are gone: then the product's kernel is follo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op
 
 Rungs = list[tuple[float, Schedule]]
+Many = Callable[[Op, GPU, Rungs], dict[str, Any]]
 
 
 def few_tokens(rungs: Rungs, sums: Sums, device: GPU) -> int:
@@ -49,8 +51,11 @@ def constants(op: Op, device: GPU) -> dict[str, Any]:
     return combined_constants(op, device, rungs(op, device))
 
 
-def combined_constants(op: Op, device: GPU, rungs: Rungs) -> dict[str, Any]:
-    """The same for a ladder of schedules: (rows an expert below which, schedule)."""
+def combined_constants(op: Op, device: GPU, rungs: Rungs, many: Many = constants_of) -> dict[str, Any]:
+    """The same for a ladder of schedules: (rows an expert below which, schedule).
+
+    ``many`` are the constants of the product's kernels where combine's follows them.
+    """
     weights, plus = op.operands[4:6]
     rows, y, experts = product_type(op), tensor(op.results[0]), tensor(op.operands[1]).shape[0]
     sums = Sums(tensor(weights).shape[1], plus is not None)
@@ -65,7 +70,7 @@ def combined_constants(op: Op, device: GPU, rungs: Rungs) -> dict[str, Any]:
     ]
     once[-1] = (math.inf, once[-1][1])
     twice = [(below, s) for below, s in rungs if below > least]
-    product, summing = constants_of(op, device, twice), forms_of(op, device, [s for _, s in once], sums)
+    product, summing = many(op, device, twice), forms_of(op, device, [s for _, s in once], sums)
     return (
         combine_constants(rows, None, weights, plus, y)
         | product
@@ -78,7 +83,8 @@ def combined_constants(op: Op, device: GPU, rungs: Rungs) -> dict[str, Any]:
     )
 
 
-def _reasons(op: Op) -> list[str]:
+def combine_reasons(op: Op) -> list[str]:
+    """Against the sum of tokens' rows."""
     floats = [tensor(v) for v in (*op.operands[4:6], op.results[0]) if v is not None]
     return not_float(*floats)
 
@@ -88,7 +94,9 @@ def _kernel(scaled: bool) -> TritonKernel:
         "grouped_linear_combine",
         "triton/grouped_linear_combine.py.jinja",
         constants,
-        (lambda op: scaled_reasons(op) + _reasons(op)) if scaled else (lambda op: reasons(op) + _reasons(op)),
+        (lambda op: scaled_reasons(op) + combine_reasons(op))
+        if scaled
+        else (lambda op: reasons(op) + combine_reasons(op)),
         helpers=("triton/grouped_tile.py.jinja",),
         targets=tuple(name for name, device in GPUS.items() if device.fp8 or not scaled),
         ladder=lambda op, device: print_ladder(rungs(op, device)),

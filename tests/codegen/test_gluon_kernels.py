@@ -13,20 +13,33 @@ import pytest
 
 from moec.codegen.kernels import select
 from moec.codegen.kernels.gluon_grouped import reasons_against, schedule, shared_memory
-from moec.codegen.kernels.triton_grouped import problem
+from moec.codegen.kernels.triton_grouped import problem, product_type
 from moec.errors import BadSchedule, UnknownKernel
 from moec.ir.devices import GPUS
 from moec.ir.op import Op
 from moec.runtime.compile import compile_many
 from moec.runtime.device_source import device_source
 from moec.runtime.gluon_kernel import GluonKernel
-from tests.codegen.triton_kernels import fp8_op, gluon_source, grouped_op, linear_op, load
+from tests.codegen.triton_kernels import (
+    fp8_op,
+    gluon_source,
+    grouped_combine_op,
+    grouped_op,
+    linear_op,
+    load,
+)
 
 V3: dict[str, Callable[[], Op]] = {
     "up": lambda: grouped_op("bf16", 256, 2048, 7168, gather=True, per_row=8, act="silu"),
     "down": lambda: grouped_op("bf16", 256, 7168, 2048, scatter=True),
     "up, fp8": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="silu", quant="fp32"),
     "down, fp8": lambda: fp8_op(256, 7168, 2048, scatter=True),
+}
+SUMMED: dict[str, Callable[[], Op]] = {
+    "summed": lambda: grouped_combine_op("bf16", 256, 7168, 2048, 8, plus="bf16"),
+    "summed, fp8": lambda: grouped_combine_op(
+        "f8e4m3", 256, 7168, 2048, 8, scales=("1x128", "128x128"), plus="bf16"
+    ),
 }
 # More registers, more or less shared memory, few experts and many.
 OTHERS: dict[str, Callable[[], Op]] = {
@@ -46,21 +59,21 @@ def test_files_read_as_before(name: str, golden: Callable[[str, str], None]) -> 
     golden(f"v3_gluon_{name.replace(', ', '_')}.py.txt", gluon_source(V3[name]()))
 
 
-@pytest.mark.parametrize("name", V3 | OTHERS)
+@pytest.mark.parametrize("name", V3 | SUMMED | OTHERS)
 def test_lines_have_a_length(name: str) -> None:
-    for line in gluon_source((V3 | OTHERS)[name]()).splitlines():
+    for line in gluon_source((V3 | SUMMED | OTHERS)[name]()).splitlines():
         assert len(line) <= 110 and line == line.rstrip(), line
 
 
-@pytest.mark.parametrize("name", [*V3, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+@pytest.mark.parametrize("name", [*V3, *(pytest.param(n, marks=pytest.mark.slow) for n in SUMMED | OTHERS)])
 def test_on_hopper(name: str, tmp_path: Path) -> None:
     """Three warpgroups, no spills, the matrix path of Hopper for 64 rows, and the shared memory estimated."""
-    op = (V3 | OTHERS)[name]()
+    op = (V3 | SUMMED | OTHERS)[name]()
     module = load(gluon_source(op), tmp_path)
     (kernel,) = [v for v in vars(module).values() if isinstance(v, GluonKernel)]
     (cubin,) = compile_many(kernel.requests("sm_90a"), cache=tmp_path / "cache").check()
     facts, p = cubin.facts, problem(op)
-    estimate = shared_memory(p, schedule(op), op.results[0].type.dtype.bits // 8)  # type: ignore[union-attr]
+    estimate = shared_memory(p, schedule(op), product_type(op).dtype.bits // 8)
     assert facts.spills == 0 and facts.stack_bytes == 0
     assert facts.shared_dynamic <= estimate <= GPUS["sm_90a"].smem_per_block
     assert cubin.metadata["warps"] == 12
@@ -98,7 +111,7 @@ def named(make: Callable[[], Op], name: str, **annotations: str) -> Op:
 
 
 def test_only_by_name() -> None:
-    for make in V3.values():
+    for make in (V3 | SUMMED).values():
         assert select(make(), "sm_90a").name.startswith("triton.")
         name = f"gluon.{make().name}"
         assert select(named(make, name), "sm_90a").name == name
@@ -277,10 +290,10 @@ def run(text: str, stages: int, tiles: list[int], seed: int) -> None:
     assert not ring.flying
 
 
-@pytest.mark.parametrize("name", V3)
+@pytest.mark.parametrize("name", V3 | SUMMED)
 @pytest.mark.parametrize("stages", [2, 3, 4, 6])
 def test_the_ring_neither_hangs_nor_overwrites(name: str, stages: int) -> None:
-    text = gluon_source(V3[name]())
+    text = gluon_source((V3 | SUMMED)[name]())
     for seed, tiles in enumerate([[1], [5], [2, 0, 3], [7, 7, 7], [1] * 12, []]):
         run(text, stages, tiles, seed)
 

@@ -5,6 +5,7 @@ Run by test_triton_kernels.py in a process of its own.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.codegen.kernels import gluon_grouped, triton_grouped
+from moec.codegen.schedules import Schedule
 from moec.ir.ops.moe import SortByExpert
 from moec.ir.types import DTYPES
 from moec.runtime.launch import Kernel
 from tests.codegen.interpreted import FOLDER, call, close, folder, normal, poisoned, routings
 from tests.codegen.triton_interpreted_fp8 import scaled, within_one_rounding
-from tests.codegen.triton_kernels import fp8_op, gluon_source, grouped_op
+from tests.codegen.triton_kernels import fp8_op, gluon_source, grouped_combine_op, grouped_op
 
 __all__ = ["folder", "poisoned"]  # fixtures, which pytest finds by name
 
@@ -109,3 +111,34 @@ def test_few_rows_are_tritons(monkeypatch: pytest.MonkeyPatch, twins: list[str])
         twins.clear()
         close(call(op, text, FOLDER["kernels"], x, w, off), type(op).reference(x, w, off))
         assert {name == "grouped_linear_twin" for name in twins} == {last}, twins
+
+
+@pytest.mark.parametrize("scales", [("", ""), ("1x128", "128x128")])
+def test_rows_summed_by_token(
+    scales: tuple[str, str], monkeypatch: pytest.MonkeyPatch, twins: list[str]
+) -> None:
+    """Few tokens in one launch of Triton's, many by the twin and combine; y in another dtype than rows."""
+    few = Schedule("swapped", 16, 64, 128 if scales[0] else 64, 4, 3)
+    monkeypatch.setattr(gluon_grouped, "rungs", lambda *_: [(4.0, few), (math.inf, few)])
+    experts, k, columns, depth = 2, 2, 128, 128
+    dtype = "f8e4m3" if scales[0] else "f16"
+    op = grouped_combine_op(dtype, experts, columns, depth, k, scales=scales, to="f32", plus="f32")
+    text = gluon_source(op)
+    for tokens, last in ((3, False), (200, True)):
+        ids = torch.randint(0, experts, (tokens, k), generator=torch.Generator().manual_seed(1))
+        slot, off = SortByExpert.reference(ids.int(), experts=experts)
+        if scales[0]:
+            x = scaled(11, tokens * k, depth, block=scales[0])
+            w = scaled(12, experts, columns, depth, block=scales[1])
+        else:
+            x = normal(11, tokens * k, depth, dtype=torch.float16)
+            w = normal(12, experts, columns, depth, dtype=torch.float16) / 8
+        weights, plus = (
+            normal(13, tokens, k, dtype=torch.float32),
+            normal(14, tokens, columns, dtype=torch.float32),
+        )
+        twins.clear()
+        found = call(op, text, FOLDER["kernels"], x, w, off, slot, weights, plus)
+        wanted = type(op).reference(x, w, off, slot, weights, plus, **op.attrs)
+        torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
+        assert ("grouped_linear_combine_twin" in twins) == last, twins
