@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.codegen.schedules import Problem, Schedule, reasons_against, space
-from moec.codegen.select import choose, explain, ladder, row_tiles, terms, tiles_of
+from moec.codegen.select import band, choose, explain, ladder, row_tiles, terms, tiles_of
 from moec.codegen.targets import TARGETS
 from moec.ir.devices import GPUS
 
@@ -160,3 +160,76 @@ def test_parts_that_are_refused(schedule: Schedule, reason: str) -> None:
     assert reason in found and bool(found) == bool(reason)
     wide = Problem(64, 14336, 1280, "bf16", 2)
     assert "one row's tiles" in "; ".join(reasons_against(replace(schedule, split=4), wide, H100))
+
+
+def test_persistent_programs_start_once_and_share_tiles_out() -> None:
+    """Two hundred waves: one prologue, the stores of all; what idles in the last wave counts in full."""
+    one, many = Schedule("rows", 128, 128, 64, 8, 4), Schedule("rows", 128, 128, 64, 8, 4, persistent=True)
+    alone, shared = terms(one, V3_UP, H100, 1024.0), terms(many, V3_UP, H100, 1024.0)
+    waves = math.ceil(256 * 8.5 * 16 / 132)
+    assert alone["prologue"] == pytest.approx(2e-6 * waves)
+    assert shared["prologue"] == pytest.approx(2e-6 + 0.5e-6 * (waves - 1))
+    assert shared["last wave"] == pytest.approx(2 * alone["last wave"])
+    assert all(alone[t] == shared[t] for t in alone.keys() - {"prologue", "last wave"})
+
+
+def test_what_does_not_persist_says_why() -> None:
+    def reasons(s: Schedule, problem: Problem = V3_UP, target: str = "sm_90a") -> str:
+        return "; ".join(reasons_against(replace(s, persistent=True), problem, GPUS[target]))
+
+    big = Schedule("rows", 128, 128, 64, 8, 4)
+    assert not reasons(big)
+    assert "in the form rows" in reasons(Schedule("swapped", 16, 128, 64, 4, 4))
+    assert "in the form rows" in reasons(Schedule("rows", 64, 64, 64, 4, 4))
+    assert "in the form rows" in reasons(replace(big, split=2))
+    assert "64 rows at once" in reasons(Schedule("rows", 64, 128, 64, 8, 3), target="sm_80")
+    assert "64 divides K" in reasons(big, replace(V3_UP, depth=7200))
+    assert "128 the columns" in reasons(big, replace(V3_UP, columns=2112))
+    assert "share their scales" in reasons(big, replace(V3_UP, column_scales=True))
+    # The result is laid out for its stores beside the ring, not in its place.
+    deep = Schedule("rows", 128, 256, 64, 8, 4)
+    assert not reasons_against(deep, V3_DOWN, H100) and "bytes of shared memory" in reasons(deep, V3_DOWN)
+
+
+def read(rows: int, columns: int, high: int, at_once: int, tiles_of_l2: int) -> int:
+    """Operand tiles that L2 lacks, last used first out, when ``at_once`` programs go through a band's tiles.
+
+    A tile of rows counts one, so does one of columns; ``high`` row tiles a band.
+    """
+    order = [
+        (m, n)
+        for first in range(0, rows, high)
+        for n in range(columns)
+        for m in range(first, min(first + high, rows))
+    ]
+    held: dict[tuple[str, int], None] = {}
+    missed = 0
+    for start in range(0, len(order), at_once):
+        for kind, places in (
+            ("x", {m for m, _ in order[start : start + at_once]}),
+            ("w", {n for _, n in order[start : start + at_once]}),
+        ):
+            for place in sorted(places):
+                missed += (kind, place) not in held
+                held.pop((kind, place), None)
+                held[kind, place] = None
+        while len(held) > tiles_of_l2:
+            held.pop(next(iter(held)))
+    return missed
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 16), (40, 16), (64, 56), (13, 100)])
+def test_bands_read_about_as_little_as_any(rows: int, columns: int) -> None:
+    """Against a cache that holds half of L2 in whole tiles, of K = 4096 in bf16, 1 MiB each: 25 of them."""
+    problem = Problem(8, 128 * columns, 4096, "bf16", 2)
+    chosen = band(Schedule("rows", 128, 128, 64, 8, 4, persistent=True), problem, H100)
+    assert chosen == 25
+    by_height = {h: read(rows, columns, h, at_once=16, tiles_of_l2=42) for h in range(1, 65)}
+    assert by_height[chosen] <= 1.35 * min(by_height.values())
+    assert by_height[1] > 1.5 * by_height[chosen] or rows < 2 * chosen
+
+
+def test_bands_where_no_rows_stay_are_square() -> None:
+    """K = 65536: a row tile takes 16 MiB. 132 programs: 16 by 8 tiles of 128 rows and 2 * 128 columns."""
+    assert band(Schedule("rows", 128, 128, 64, 8, 4), replace(V3_UP, depth=65536), H100) == 16
+    assert band(Schedule("rows", 128, 128, 64, 8, 4), V3_UP, H100) == 25 * 2**20 // (128 * 7168 * 2)
