@@ -6,89 +6,31 @@ comprehensions too, so that no search through all functions hides. Only loops in
 
 from __future__ import annotations
 
-import gc
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 
-from moec import models
-from moec.codegen.emit import emit_python
-from moec.codegen.parameters import manifest_tensors
-from moec.ir import parse_module, print_module, verify
-from moec.passes import Events, PassManager, pipeline
+from tests.passes.growth import ENVIRONMENT, lines_run
 
-LAYERS = (1, 4, 13)
 # The last step adds three times the layers that the first one does: three times the work, where a part that
-# is quadratic would have eleven times its own. Seen: 3.005 at most.
+# is quadratic would have eleven times its own. Seen: 3.006 at most.
 MOST = 3.02
-
-
-def lines_run(work: Callable[[], Any]) -> int:
-    """Lines of Python that ``work`` runs."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    gc.disable()  # whatever others have it call is no work of ours
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-        gc.enable()
-    return count
-
-
-def spec(layers: int) -> models.Model:
-    """Latent attention and experts, stored in FP8, each layer a function of its own: no two have one eps."""
-    attention = models.MLA(2, 4, 2, 4, 8, 8)
-    router = models.Router(2, 1, score="sigmoid", bias=True)
-    moe = models.MoE(router, models.Experts(2, 8), models.SwiGLU(8, name="shared_experts"))
-    decoders = [models.Decoder(attention, moe, eps=(1 + i) * 1e-6) for i in range(layers)]
-    return models.Model(16, 8, decoders, dtype="f32", quantization=models.BlockFP8((4, 4)))
-
-
-def stages(layers: int, target: str, folder: Path) -> Iterator[tuple[str, int]]:
-    """The work of each stage of a build, and of each pass."""
-    module: Any = None
-
-    def lower() -> None:
-        nonlocal module
-        module = models.lower(spec(layers))
-
-    yield "lower", lines_run(lower)
-    module.target = target
-    for number, each in enumerate(pipeline(3, target)):
-        yield f"{each.name} {number}", lines_run(lambda each=each: each.run(module))
-    yield "verify", lines_run(lambda: verify(module))
-    text = ""
-
-    def write() -> None:
-        nonlocal text
-        text = print_module(module)
-
-    yield "print", lines_run(write)
-    yield "parse", lines_run(lambda: parse_module(text))
-    yield "emit", lines_run(lambda: emit_python(module, target, "0"))
-    yield "manifest", lines_run(lambda: manifest_tensors(module))
-    again = models.lower(spec(layers))
-    manager = PassManager(pipeline(2, target), [Events(folder / "events.jsonl")])
-    yield "events", lines_run(lambda: manager.run(again))
 
 
 @pytest.mark.parametrize("target", [pytest.param("cpu", marks=pytest.mark.slow), "sm_90a"])
 def test_work_grows_as_the_layers_do(target: str, tmp_path: Path) -> None:
-    list(stages(2, target, tmp_path))  # fills the caches of libraries
-    small, middle, large = (dict(stages(n, target, tmp_path)) for n in LAYERS)
-    growth = {name: (large[name] - middle[name]) / max(1, middle[name] - small[name]) for name in small}
+    command = [sys.executable, "-m", "tests.passes.growth", target, str(tmp_path)]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    growth = json.loads(done.stdout)
     assert all(growth[name] > 2.5 for name in ("lower", "verify", "print", "parse")), growth
     assert max(growth.values()) < MOST, {n: round(g, 2) for n, g in growth.items() if g >= MOST}
 
