@@ -36,14 +36,21 @@ Rungs = list[tuple[float, Schedule]]
 Many = Callable[[Op, GPU, Rungs], dict[str, Any]]
 
 
-def few_tokens(rungs: Rungs, sums: Sums, device: GPU) -> int:
+def few_tokens(rungs: Rungs, sums: Sums, experts: int, device: GPU) -> int:
     """For up to so many tokens one launch is taken to be faster than two.
 
     The last program of a column tile waits for memory once for each step of tokens, of which it has up to 16
     rows on their way; a launch of its own does all of them at once.
     """
-    step = min(sums.step // s.block_n for _, s in rungs)
-    return max(16, step * int((1 + device.launch_s / ASSUMED.latency) / math.ceil(sums.top_k / 16)))
+    steps = int((1 + device.launch_s / ASSUMED.latency) / math.ceil(sums.top_k / 16))
+    few = 16
+    for below, s in rungs:
+        limit = steps * (sums.step // s.block_n)
+        last = math.ceil(below * experts / sums.top_k) - 1 if below < math.inf else limit  # of the rung
+        few = max(few, min(limit, last))
+        if limit <= last:
+            break
+    return few
 
 
 def constants(op: Op, device: GPU) -> dict[str, Any]:
@@ -59,7 +66,7 @@ def combined_constants(op: Op, device: GPU, rungs: Rungs, many: Many = constants
     weights, plus = op.operands[4:6]
     rows, y, experts = product_type(op), tensor(op.results[0]), tensor(op.operands[1]).shape[0]
     sums = Sums(tensor(weights).shape[1], plus is not None)
-    few = few_tokens(rungs, sums, device)
+    few = few_tokens(rungs, sums, experts, device)
     least, most = (few + 1) * sums.top_k / experts, few * sums.top_k / experts
     starts = [0.0, *(below for below, _ in rungs)]
     # Rungs of which some number of tokens up to ``few`` makes use, and those of more.

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moec.codegen.kernels.triton_grouped import Sums
+from moec.codegen.kernels.triton_grouped_combine import few_tokens
 from moec.codegen.schedules import Problem, Schedule, reasons_against, space
 from moec.codegen.select import band, choose, explain, ladder, row_tiles, terms, tiles_of
 from moec.codegen.targets import TARGETS
@@ -233,3 +235,13 @@ def test_bands_where_no_rows_stay_are_square() -> None:
     """K = 65536: a row tile takes 16 MiB. 132 programs: 16 by 8 tiles of 128 rows and 2 * 128 columns."""
     assert band(Schedule("rows", 128, 128, 64, 8, 4), replace(V3_UP, depth=65536), H100) == 16
     assert band(Schedule("rows", 128, 128, 64, 8, 4), V3_UP, H100) == 25 * 2**20 // (128 * 7168 * 2)
+
+
+def test_how_many_tokens_are_few() -> None:
+    """A step of tokens is 1024 elements of a row tile; four waits are taken for a launch of 3 µs and one."""
+    tile, wide = Schedule("swapped", 16, 64, 64, 4, 4), Schedule("rows", 64, 256, 64, 8, 3)
+    assert few_tokens([(math.inf, tile)], Sums(8, False), 256, H100) == 4 * 16
+    assert few_tokens([(math.inf, tile)], Sums(20, False), 256, H100) == 2 * 16
+    assert few_tokens([(math.inf, wide)], Sums(8, False), 256, H100) == 4 * 4
+    # Below 1 row an expert: 31 tokens of 8 choices among 256, then tiles whose steps are fewer.
+    assert few_tokens([(1.0, tile), (math.inf, wide)], Sums(8, False), 256, H100) == 31

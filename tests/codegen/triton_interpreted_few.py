@@ -5,6 +5,7 @@ Run by test_triton_kernels.py in a process of its own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -174,7 +175,8 @@ def test_few_tokens_are_one_launch_and_many_are_two(target: str) -> None:
         grouped_combine_op("f16", experts, columns, depth, k, plus="f16"),
         Schedule("rows", 16, 64, 32, 4, 3),
     )
-    text, few = source(op, target, [schedule]), few_tokens([(1.0, schedule)], Sums(k, True), GPUS[target])
+    text = source(op, target, [schedule])
+    few = few_tokens([(math.inf, schedule)], Sums(k, True), experts, GPUS[target])
     assert f"for up to {few} tokens" in text
     ids = torch.randint(-1, experts + 1, (few + 1, k), generator=torch.Generator().manual_seed(7)).int()
     tokens, found = normal(8, few + 1, k, depth, dtype=torch.float16), []
