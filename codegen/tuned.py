@@ -152,7 +152,7 @@ class _Reader:
         if odd := given.keys() - kinds.keys():
             self.warn(f"{self.path}: {where} has {', '.join(sorted(odd))}, unknown to this moec; left out")
             return None
-        wrong = [k for k, v in given.items() if type(v) is not python[kinds[k]]]
+        wrong = [k for k, v in given.items() if type(v) is not python.get(kinds[k], type(v))]
         try:
             made = None if wrong else Problem(**given)
         except TypeError:  # a field is missing

@@ -7,7 +7,8 @@
     %d = grouped_linear(%h, $experts.w2, %off)
            {kernel=triton.grouped_linear, schedule="<4 rows: swapped 16x128x64 w4 s4; rows 128x128x64 w8 s3"}
 
-The bounds are rows an expert on average. Who emits what is the kernel records' to say (``moec.ir.records``).
+The bounds are rows an expert on average. Where schedules were picked by measurements, ``tuned`` says on which
+device and when. Who emits what is the kernel records' to say (``moec.ir.records``).
 An annotation that is there already stays, once it's known to be possible.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,11 @@ class Product:
     @property
     def tolerance(self) -> float:
         return TOLERANCE[tensor(self.op.results[0]).dtype.name]
+
+    @property
+    def importance(self) -> float:
+        """What a product's share of the time is by."""
+        return math.sqrt(_weights(self.problem))
 
     def rows(self, tokens: int) -> float:
         """Rows an expert on average."""

@@ -1,9 +1,9 @@
 """Which candidates are measured, in which order, and for how long.
 
-Time is shared out evenly: among products, the one with most weights first, and of each among numbers of
-tokens. At each number the schedule that a build picks without a tuning file comes first: its results are what
-all others are compared with. Then come those that the analytic model takes to be fastest, until the time is
-over or several in a row have brought nothing.
+Time is shared out: among products by the root of how many weights they have, the largest first, and of each
+evenly among numbers of tokens. At each number the schedule that a build picks without a tuning file comes
+first: its results are what all others are compared with. Then come those that the analytic model takes to be
+fastest, until the time is over or several in a row have brought nothing.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Search:
                 if now >= end:
                     break
                 found.append(Found(product, points))
-                self._product(product, points, now + (end - now) / (len(todo) - number), found)
+                share = product.importance / sum(p.importance for p, _ in todo[number:])
+                self._product(product, points, now + (end - now) * share, found)
                 self.compiling.drop(product)
         finally:
             self.keep(found)

@@ -198,10 +198,11 @@ def test_no_memory_for_the_operands(package: Path, tmp_path: Path, plan: Plan) -
 
 
 def test_the_budget_is_kept_and_what_was_found_too(package: Path, tmp_path: Path, plan: Plan) -> None:
-    plan()
+    """800 numbers of tokens, each with several measurements of 50 ms, in a few seconds."""
+    plan(sleep=0.05)
     started = time.monotonic()
     outcome = tune(package, tmp_path, tokens=tuple(range(1, 400)), seconds=6.0)
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 60
     counts = [sum(bool(point.measured) for point in one.points) for one in outcome.found]
     assert len(counts) == 2 and all(0 < count < 399 for count in counts)  # shared out
     tuning = read_tuning(outcome.file)
