@@ -148,9 +148,12 @@ def triton() -> str:
     return versions("sm_90a")["triton"]
 
 
-def test_one_that_crashes_hangs_or_is_wrong_harms_no_other(package: Path, tmp_path: Path, plan: Plan) -> None:
+def test_one_that_crashes_hangs_or_is_wrong_harms_no_other(
+    package: Path, tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each at one number of tokens; what follows is measured, compared and not excluded."""
     (first, *_) = of(package)
+    monkeypatch.setattr(session, "products", lambda *given: ([first], []))
     order = [c.schedule for c in explain(first.problem, H100, 16.0)]
     order = [s for s in order if s != choice(first, 16.0)]
     how = dict(zip(("crash", "hang", "wrong", "fatal", "garbage"), order[1:6], strict=True))
@@ -223,6 +226,21 @@ def test_ctrl_c_loses_nothing(package: Path, tmp_path: Path, plan: Plan) -> None
         given.run(interrupt)
     (points,) = read_tuning(tmp_path / "x.json").measured.values()
     assert sum(map(len, points.values())) >= 10 and "tokens" in seen[0]
+
+
+def test_what_was_found_is_kept_after_each_number_of_tokens(
+    package: Path, tmp_path: Path, plan: Plan
+) -> None:
+    """So that not even a machine that fails takes more with it than the last number's."""
+    plan()
+    kept: list[int] = []
+
+    def count(path: Path) -> None:
+        kept.append(sum(len(points) for points in read_tuning(path).measured.values()))
+
+    given = Session(package, 60, (1, 64), tmp_path / "x.json", str(tmp_path / "cache"), limits=QUICK)
+    given.run(keep=count)
+    assert kept == [1, 2, 3, 4, 4]
 
 
 def test_a_second_run_adds_to_the_file(package: Path, tmp_path: Path, plan: Plan) -> None:
