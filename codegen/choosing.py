@@ -120,8 +120,10 @@ def _seconds(problem: Problem, device: GPU, how: Choosing, every: bool = False) 
         near = min(known, key=lambda r: abs(math.log(r / rows)), default=math.inf)
         close = 1 / STANDS_FOR <= rows / near <= STANDS_FOR
         if close and not every:
-            found[rows] = known[near]
-            continue
+            usable = {s: t for s, t in known[near].items() if eligible(s, problem, device, rows)}
+            if usable:
+                found[rows] = usable
+                continue
         choices = explain(problem, device, rows, _constants(device, how))
         model = {
             c.schedule: c.seconds for c in choices if every or eligible(c.schedule, problem, device, rows)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from moec.codegen.schedules import Schedule
-from moec.codegen.select import explain, ladder
+from moec.codegen.select import eligible, explain, ladder
 from moec.ir.devices import GPU
 from moec.tune.compiling import Compiling
 from moec.tune.measuring import Failed, Measurer
@@ -101,7 +101,9 @@ class Search:
         return list(made.values())
 
     def _candidates(self, product: Product, point: Point) -> list[Schedule]:
-        order = [c.schedule for c in explain(product.problem, self.device, point.rows)]
+        problem, rows = product.problem, point.rows
+        order = [c.schedule for c in explain(problem, self.device, rows)]
+        order = [s for s in order if eligible(s, problem, self.device, rows)]
         return list(dict.fromkeys([point.analytic, *order]))[:MOST]
 
     def _product(self, product: Product, points: list[Point], end: float, found: list[Found]) -> None:

@@ -15,8 +15,8 @@ import pytest
 import moec
 from moec.codegen.choosing import STANDS_FOR, Choosing, choose_by, pick, prices
 from moec.codegen.constants import Constants
-from moec.codegen.schedules import Schedule
-from moec.codegen.select import SWITCH, explain, ladder
+from moec.codegen.schedules import Problem, Schedule, space
+from moec.codegen.select import ROWS, SWITCH, eligible, explain, ladder
 from moec.codegen.tuned import SHIPPED, Tuning, read_tuning
 from moec.errors import BadTuning
 from moec.ir import parse_module, read_module
@@ -139,6 +139,23 @@ def test_measured_schedules_hold_around_their_rows_and_the_model_s_elsewhere(wri
         seconds = {c.schedule: c.seconds for c in explain(problem, H100, rows)}
         assert seconds[at(rows)] <= math.exp(SWITCH) * min(seconds.values())
     assert pick(problem, H100) == plain  # the context has ended
+
+
+def test_k_is_split_no_further_than_without_measurements(write: Write) -> None:
+    """Measured at 48 rows, which stand for up to 96: there tiles are enough for all SMs."""
+    base = read_tuning(write())
+    problem = Problem(1, 7168, 2048, "f8e4m3", 1)
+    whole = Schedule("swapped", 32, 128, 128, 4, 4)
+    split = replace(whole, split=4)
+    assert {whole, split} <= set(space(problem, H100)) and eligible(split, problem, H100, 48.0)
+    assert not eligible(split, problem, H100, 96.0)
+    measured = {48.0: {split: 1e-6, whole: 1e-5}}
+    tuning = replace(base, measured={problem: measured}, dates={problem: "2000-01-01"})
+    with choose_by(Choosing(tuning=tuning)):
+        rungs = pick(problem, H100)
+    taken = {rows: next(s for below, s in rungs if rows < below) for rows in ROWS if 24 <= rows <= 96}
+    assert taken[24.0] == taken[48.0] == split and taken[96.0] == whole
+    assert all(eligible(s, problem, H100, rows) for rows, s in taken.items())
 
 
 def test_the_model_goes_by_a_file_s_constants(write: Write) -> None:
