@@ -290,6 +290,28 @@ def run(text: str, stages: int, tiles: list[int], seed: int) -> None:
     assert not ring.flying
 
 
+@pytest.mark.parametrize("name", V3 | SUMMED | OTHERS)
+def test_a_stage_waits_for_what_is_copied(name: str) -> None:
+    """The bytes that ``full`` expects are those of the descriptors' copies, its count that of who copies."""
+    op = (V3 | SUMMED | OTHERS)[name]()
+    text, s, p = gluon_source(op), schedule(op), problem(op)
+    sizes = {"BLOCK_M": s.block_m, "BLOCK_N": s.block_n, "BLOCK_K": s.block_k}
+    copied = (
+        s.block_k
+        * p.itemsize
+        * sum(
+            {"w": s.block_n, "x": s.block_m}[operand]
+            for operand in re.findall(r"hopper\.tma\.async_copy_global_to_shared\((\w), \[", text)
+        )
+    )
+    assert eval(expression(text, r"mbarrier\.expect\(ready, (.*)\)\n"), sizes) == copied
+    warps = int(expression(text, r"\[4, (\d+)\],\n"))
+    copying = "async_copy.mbarrier_arrive(ready, increment_count=False)" in text
+    assert copying == (p.gathered or p.fp8)
+    assert expression(text, r"full\.index\(stage\), count=(.*)\)\n") == ("1" + f" + {32 * warps}" * copying)
+    assert warps == (4 if p.gathered else 1)
+
+
 @pytest.mark.parametrize("name", V3 | SUMMED)
 @pytest.mark.parametrize("stages", [2, 3, 4, 6])
 def test_the_ring_neither_hangs_nor_overwrites(name: str, stages: int) -> None:
