@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from moec.codegen import kernels
 from moec.codegen.kernels import select
 from moec.codegen.kernels.gluon_grouped import reasons_against, schedule, shared_memory
 from moec.codegen.kernels.triton_grouped import problem, product_type
@@ -86,10 +87,10 @@ def test_on_hopper(name: str, tmp_path: Path) -> None:
 
 def test_the_twin_is_not_compiled(tmp_path: Path) -> None:
     module = load(gluon_source(V3["down"]()), tmp_path)
-    kernels = {v.name: v for v in vars(module).values() if isinstance(v, GluonKernel)}
-    twin = kernels["grouped_linear_gluon"].twin
+    (kernel,) = [v for v in vars(module).values() if isinstance(v, GluonKernel)]
+    twin = kernel.twin
     assert twin.name == "grouped_linear_twin" and twin not in vars(module).values()
-    assert twin.variants.keys() == kernels["grouped_linear_gluon"].variants.keys()
+    assert twin.variants.keys() == kernel.variants.keys()
 
 
 def test_the_source_says_gluon_to_the_worker_and_to_the_key(tmp_path: Path) -> None:
@@ -110,10 +111,14 @@ def named(make: Callable[[], Op], name: str, **annotations: str) -> Op:
     return op
 
 
-def test_only_by_name() -> None:
+def test_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if they were tried first."""
+    serving = kernels.serving
+    by_name = lambda *op: sorted(serving(*op), key=lambda k: not k.name.startswith("gluon."))  # noqa: E731
+    monkeypatch.setattr(kernels, "serving", by_name)
     for make in (V3 | SUMMED).values():
+        assert by_name(make().name, "sm_90a")[0].name == (name := f"gluon.{make().name}")
         assert select(make(), "sm_90a").name.startswith("triton.")
-        name = f"gluon.{make().name}"
         assert select(named(make, name), "sm_90a").name == name
 
 
@@ -213,8 +218,11 @@ def partitions(text: str, ring: Ring, tiles: list[int], threads: int) -> list[It
     stage_of = compile(expression(text, r"stage = (.*)\n"), "stage", "eval")
     load_wait = compile(expression(text, r"wait\(empty\.index\(stage\), (.*)\)\n"), "load", "eval")
     full_wait = compile(expression(text, r"wait\(full\.index\(stage\), (.*)\)\n"), "multiply", "eval")
-    given_back = re.findall(r"mbarrier\.arrive\(empty\.index\((.*?)\)(?:, pred=.*)?\)\n", text)
-    arrivals = [compile(stage, "arrive", "eval") for stage in given_back]
+    given_back = re.findall(r"mbarrier\.arrive\(empty\.index\((.*?)\)(?:, pred=(.*))?\)\n", text)
+    arrivals = [
+        (compile(stage, "arrive", "eval"), compile(pred or "True", "pred", "eval"))
+        for stage, pred in given_back
+    ]
     assert len(arrivals) in (1, 2)
 
     def loads() -> Generator[None]:
@@ -250,21 +258,20 @@ def partitions(text: str, ring: Ring, tiles: list[int], threads: int) -> list[It
                 ring.reading.setdefault(stage, set()).add(half)
                 pending.append(stage)
                 yield
-                if len(arrivals) == 2:  # given back one step later, and after the last
-                    if k > 0:
-                        give_back(eval(arrivals[0], stages, {"step": step, "stage": stage}), pending, half)
-                else:
-                    give_back(eval(arrivals[0], stages, {"step": step, "stage": stage}), pending, half)
+                arrive(0, {"step": step, "stage": stage, "k0": k}, pending, half)
                 step += 1
                 yield
-            if len(arrivals) == 2 and steps:
-                give_back(eval(arrivals[1], stages, {"step": step}), pending, half)
+            if len(arrivals) == 2:  # the last step's stage; the others are given back one step later
+                arrive(1, {"step": step, "depth": steps}, pending, half)
         assert not pending
 
-    def give_back(stage: int, pending: list[int], half: int) -> None:
-        assert stage == pending.pop(0), "another stage is given back than the one whose products are done"
-        ring.reading[stage].discard(half)
-        ring.empty[stage].arrive()
+    def arrive(which: int, at: dict[str, int], pending: list[int], half: int) -> None:
+        stage, when = arrivals[which]
+        if eval(when, stages, at):
+            given = eval(stage, stages, at)
+            assert given == pending.pop(0), "another stage is given back than the one whose products are done"
+            ring.reading[given].discard(half)
+            ring.empty[given].arrive()
 
     return [loads(), multiplies(0), multiplies(1)]
 
@@ -327,6 +334,8 @@ def test_the_ring_neither_hangs_nor_overwrites(name: str, stages: int) -> None:
         ("full.index(stage), step // STAGES & 1)", "full.index(stage), step // STAGES & 1 ^ 1)"),
         ("empty.index(stage), count=2", "empty.index(stage), count=1"),
         ("empty.index((step + STAGES - 1) % STAGES)", "empty.index(step % STAGES)"),
+        ("pred=k0 > 0", "pred=k0 >= 0"),
+        (", pred=depth > 0)", ", pred=False)"),
     ],
 )
 def test_a_wrong_ring_is_found(wrong: tuple[str, str]) -> None:
