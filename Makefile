@@ -7,6 +7,9 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.moec-test
 DEV    := $(VENV)/.moec-dev
 
+# A process a core, each with whole files: what a file's tests share is made once.
+SHARED := -n auto --dist loadfile
+
 # `make test-full` runs the suite a second time with this Triton, in a virtual environment of its own.
 NEXT        := .venv-triton-next
 NEXT_TRITON := 3.9.0
@@ -21,11 +24,11 @@ demo: $(STAMP)  ## build and run a small trained MoE model on the CPU
 	$(PY) examples/pydoc/demo.py
 
 test: $(STAMP)  ## the tests, on the CPU
-	$(PY) -m pytest
+	$(PY) -m pytest $(SHARED)
 
 test-full: $(STAMP) $(NEXT)/.moec-test  ## every test, with more examples, then again with a newer Triton
-	HYPOTHESIS_PROFILE=full $(PY) -m pytest --full
-	$(NEXT)/bin/python -m pytest --full
+	HYPOTHESIS_PROFILE=full $(PY) -m pytest --full $(SHARED)
+	$(NEXT)/bin/python -m pytest --full $(SHARED)
 
 test-gpu: check-gpu-python  ## the GPU tests, with the python3 on PATH and what it has installed
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: PyTorch finds no NVIDIA GPU here")'
