@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import Literal
 
-from moec.ir.devices import GPU
+from moec.ir.devices import GPU, GPUS
 
 Form = Literal["rows", "swapped"]
 # fp32 sums a thread may hold: with more, addresses and operands no longer fit into 255 registers.
@@ -145,6 +146,16 @@ class Problem:
 
 def space(problem: Problem, device: GPU) -> list[Schedule]:
     """Every schedule that selection may pick: within shared memory, and no spills (sm_120a: a few stores)."""
+    known = GPUS.get(device.name) is device
+    return list(_space_of_target(problem, device.name) if known else _space(problem, device))
+
+
+@lru_cache(maxsize=256)  # selection asks at each number of rows
+def _space_of_target(problem: Problem, target: str) -> tuple[Schedule, ...]:
+    return _space(problem, GPUS[target])
+
+
+def _space(problem: Problem, device: GPU) -> tuple[Schedule, ...]:
     if problem.itemsize == 4:
         candidates = _fused_multiply_add()
     elif problem.fp8:
@@ -156,7 +167,7 @@ def space(problem: Problem, device: GPU) -> list[Schedule]:
     variants = [replace(s, persistent=True) for s in candidates if s.form == "rows"]
     variants += [replace(s, split=parts) for s in candidates for parts in SPLITS]
     candidates += variants
-    return [s for s in candidates if not reasons_against(s, problem, device)]
+    return tuple(s for s in candidates if not reasons_against(s, problem, device))
 
 
 def reasons_against(s: Schedule, problem: Problem, device: GPU) -> list[str]:
