@@ -26,6 +26,7 @@ Scope = tuple[str, tuple[Range, ...]]
 KINDS = {
     ("rms_norm", "w"): "norm",
     ("add_rms_norm", "w"): "norm",
+    ("add_rms_norm_and_quant", "w"): "norm",
     ("norm_rope", "w"): "norm",
     ("kv_cache_write", "w"): "norm",
     ("latent_cache_write", "w"): "norm",

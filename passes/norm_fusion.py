@@ -17,7 +17,10 @@ A ``quant`` that is all that reads the normed rows becomes the end of their norm
 
     %x.attn, %mlp.in.q = add_rms_norm(%h, %attn, $post_attention_layernorm.weight) {eps=1e-06, quant=1x128}
 
-The rows are rounded first, as they were: bit for bit too. Where others read them, a router say, both stay.
+The rows are rounded first, as they were: bit for bit too. Where others read them, a router say, behind an
+addition, the op gives both::
+
+    %x.attn, %mlp.in, %mlp.in.q = add_rms_norm_and_quant(%h, %attn, $weight) {eps=1e-06, quant=1x128}
 
 A layer's last addition and the next layer's first norm stay apart. They stand in different functions, or in
 one that runs for many layers: to join them, the stream between layers would have to be two values, the sum so
@@ -61,6 +64,21 @@ def quant(m: Match) -> Value:
     return normed
 
 
+def read_elsewhere(m: Match) -> str:
+    normed = m["norm"].results[1]
+    return "" if m.uses(normed) > 1 else f"only the quant reads {normed.text}"
+
+
+def and_quant(m: Match) -> Value:
+    """The quantised rows; whoever uses the sum or the plain rows has those of the new op."""
+    norm, attrs = m["norm"], m.root.attrs
+    made = dict(norm.attrs) | {"quant": attrs["block"], "scale": attrs["scale"]}
+    out = (*(r.name for r in norm.results), m.root.results[0].name)
+    total, normed, q = m.create("add_rms_norm_and_quant", *norm.operands, **made, out=out)
+    m.also(norm, total, normed)
+    return q
+
+
 RULES: Rules = {
     "add-norm": (
         P.rms_norm(P.add("x", "residual").named("add").where(same_shape), param("w"), eps=ANY),
@@ -76,6 +94,12 @@ RULES: Rules = {
         ),
         quant,
     ),  # s, n = add_rms_norm(x, r, w); quant(n) -> s, q = add_rms_norm(x, r, w) {quant=..}
+    "add-norm-and-quant": (
+        P.quant(P.add_rms_norm(..., eps=ANY).out(1).named("norm"), block=ANY, scale=ANY)
+        .where(tiles_of_rows)
+        .where(read_elsewhere),
+        and_quant,
+    ),  # s, n = add_rms_norm(x, r, w); quant(n), and n -> s, n, q = add_rms_norm_and_quant(x, r, w)
 }
 
 

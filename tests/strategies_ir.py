@@ -201,17 +201,20 @@ def _quant_of(g: Graph) -> dict[str, Any]:
     return {"quant": g.draw(of([(1, 2), (1, 0)])), "scale": g.draw(of(["fp32", "ue8m0"]))}
 
 
-@draws("add_rms_norm")
-def _add_rms_norm(g: Graph) -> Any:
+@draws("add_rms_norm", "add_rms_norm_and_quant")
+def _add_rms_norm(g: Graph, name: str) -> Any:
+    quant = _quant_of(g)
+    if name != "add_rms_norm":
+        quant = quant or {"quant": (1, 2)}
     x = g.fresh(g.draw(of([f32, bf16])), N, g.draw(small))
     w = g.param(f32, x.type.shape[-1])
     return g.op(
-        "add_rms_norm",
+        name,
         x,
         g.fresh(x.type.dtype, *x.type.shape),
         w,
         eps=g.draw(of([1e-6, 1e-5])),
-        **_quant_of(g),
+        **quant,
     )
 
 

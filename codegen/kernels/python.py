@@ -75,7 +75,8 @@ def _paged(op: Op) -> dict[str, Any]:
 
 def add_rms_norm(op: Op) -> dict[str, Any]:
     wide = op.operands[0].type.dtype == f32 == op.operands[2].type.dtype  # type: ignore[union-attr]
-    return {"eps": op.attrs["eps"], "width": _shape(op, 2)[0], "wide": wide, "quant": ""}
+    plain = op.name != "add_rms_norm" or op.attrs["quant"] is None
+    return {"eps": op.attrs["eps"], "width": _shape(op, 2)[0], "wide": wide, "quant": "", "plain": plain}
 
 
 def _combine(op: Op) -> dict[str, Any]:

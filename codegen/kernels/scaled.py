@@ -251,4 +251,11 @@ register(
         called=_epilogue,
         name="torch.add_rms_norm_quant",
     ),
+    Templated(
+        "add_rms_norm_and_quant",
+        f"{FOLDER}/add_rms_norm.py.jinja",
+        add_rms_norm,
+        calls="quant",
+        called=_epilogue,
+    ),
 )

@@ -31,7 +31,8 @@ def _constants(op: Op, device: GPU) -> dict[str, Any]:
     blocks = -(-depth // 128)
     pieces = 1 << (blocks - 1).bit_length()
     return {
-        "add": op.name == "add_rms_norm",
+        "add": op.name != "rms_norm",
+        "plain": op.name == "add_rms_norm_and_quant",
         "depth": depth,
         "blocks": blocks,
         "pieces": pieces,
@@ -66,6 +67,6 @@ register(
             ("triton/quantize.py.jinja",),
             targets=tuple(name for name, device in GPUS.items() if device.fp8),
         )
-        for op in ("rms_norm", "add_rms_norm")
+        for op in ("rms_norm", "add_rms_norm", "add_rms_norm_and_quant")
     )
 )

@@ -99,3 +99,31 @@ class AddRMSNorm(Op, name="add_rms_norm"):
     ) -> tuple[torch.Tensor, Any]:
         total = (x.float() + residual.float()).to(x.dtype)
         return total, RMSNorm.reference(total, w, eps=eps, quant=quant, scale=scale)
+
+
+class AddRMSNormAndQuant(AddRMSNorm, name="add_rms_norm_and_quant"):
+    """``add_rms_norm`` with its ``quant``, and the normed rows before it: those that a router reads."""
+
+    quant = attr(BLOCK, doc="of the blocks that share a scale, `1x128`")
+    normed = result("[..., K]")
+    quantised = result("[..., K], scaled")
+
+    def infer(self) -> tuple[TensorType, ...]:  # type: ignore[override]
+        total, quantised = super().infer()
+        return total, total, quantised
+
+    def cost(self) -> Cost:
+        return Cost(7 * self.x.type.numel, self.moved_bytes())
+
+    @staticmethod
+    def reference(  # type: ignore[override]
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        w: torch.Tensor,
+        *,
+        eps: float,
+        quant: tuple[int, ...],
+        scale: str = "fp32",
+    ) -> tuple[Any, ...]:
+        total, normed = AddRMSNorm.reference(x, residual, w, eps=eps)
+        return total, normed, quantize(normed, quant, scale)

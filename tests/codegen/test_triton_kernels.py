@@ -78,6 +78,7 @@ V3_FP8 = {
     "quant": lambda: quant_op("bf16", 7168),
     "rms_norm": lambda: norm_op("bf16", 7168, add=False),
     "add_rms_norm": lambda: norm_op("bf16", 7168, add=True),
+    "add_rms_norm_and_quant": lambda: norm_op("bf16", 7168, add=True, plain=True),
     "gather_grouped_linear": lambda: fp8_op(
         256, 2048, 7168, gather=True, per_row=8, act="silu", quant="fp32"
     ),

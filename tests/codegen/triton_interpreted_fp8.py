@@ -124,20 +124,25 @@ def test_quant_of_powers_of_two() -> None:
     bit_exact(found, type(op).reference(x, **op.attrs))
 
 
-@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("add", "plain"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("depth", [1, 127, 128, 520])
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
-def test_norm_and_quant(add: bool, dtype: str, depth: int, scale: str) -> None:
+def test_norm_and_quant(add: bool, plain: bool, dtype: str, depth: int, scale: str) -> None:
     """Sums bit for bit; of the norm, whose mean is summed in another order, a step of e4m3 here and there."""
     rows = [normal(depth + n, 5, depth, dtype=torch.float32).to(DTYPES[dtype].torch) for n in range(1 + add)]
     w = normal(3, depth, dtype=torch.float32)
-    op = norm_op(dtype, depth, add, scale)
+    op = norm_op(dtype, depth, add, scale, plain=plain)
     found = call(op, source(op), FOLDER["kernels"], *rows, w)
     expected = type(op).reference(*rows, w, **op.attrs)
     if add:
         same(found[0], expected[0])
-        found, expected = found[1], expected[1]
+        if plain:
+            torch.testing.assert_close(found[1], expected[1])
+            q = quantize(found[1], (1, 128), scale)  # of just those rows
+            same(found[2].q.float(), q.q.float())
+            same(found[2].scale, q.scale)
+        found, expected = found[-1], expected[-1]
     assert torch.allclose(found.scale, expected.scale, rtol=2e-2 if dtype == "bf16" else 3e-3)
     a, b = (Scaled(v.q, v.scale, (1, 128)).float() for v in (found, expected))
     away = (a - b).abs() > 1e-5 * b.abs()

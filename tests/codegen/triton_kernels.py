@@ -88,13 +88,16 @@ def quant_op(dtype: str, depth: int, block: str = "1x128", scale: str = "fp32") 
     return op([f"%x: {dtype}[T,{depth}]"], line, f"f8e4m3[T,{depth}]@s{block}")
 
 
-def norm_op(dtype: str, depth: int, add: bool, scale: str = "fp32", w: str = "f32") -> Op:
-    """A norm with quant, of a sum where it is to ``add``."""
+def norm_op(
+    dtype: str, depth: int, add: bool, scale: str = "fp32", w: str = "f32", plain: bool = False
+) -> Op:
+    """A norm with quant, of a sum where it is to ``add``, beside the ``plain`` rows."""
     row = f"{dtype}[T,{depth}]"
     args = [f"%x: {row}", *([f"%residual: {row}"] if add else []), f"%w: {w}[{depth}]"]
     name, operands = ("add_rms_norm", "%x, %residual, %w") if add else ("rms_norm", "%x, %w")
+    name += "_and_quant" * plain
     line = f"{name}({operands}) {{eps=1e-06, quant=1x128, scale={scale}}}"
-    return op(args, line, (f"{row}, " if add else "") + f"f8e4m3[T,{depth}]@s1x128")
+    return op(args, line, f"{row}, " * (add + plain) + f"f8e4m3[T,{depth}]@s1x128")
 
 
 def combine_op(rows: str, w: str, to: str, k: int, width: int, slot: bool, plus: str | None) -> Op:

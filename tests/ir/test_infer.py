@@ -23,6 +23,11 @@ F8 = DTYPES["f8e4m3"]
 GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "add": (["bf16[N,4]", "bf16[4]"], {}, "bf16[N,4]"),
     "add_rms_norm": (["bf16[N,64]", "bf16[N,64]", "f32[64]"], {"eps": 1e-6}, "bf16[N,64], bf16[N,64]"),
+    "add_rms_norm_and_quant": (
+        ["bf16[N,64]", "bf16[N,64]", "f32[64]"],
+        {"eps": 1e-6, "quant": (1, 32)},
+        "bf16[N,64], bf16[N,64], f8e4m3[N,64]@s1x32",
+    ),
     "attention": (
         ["bf16[N,8,192]", "bf16[S,2,192]", "bf16[S,2,128]", "i32[B+1]", "i32[B+1]"],
         {"scale": 0.1},
@@ -151,6 +156,7 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("add", {0: "index"}, "%a is index, not a tensor"),
     ("add_rms_norm", {1: "bf16[64]"}, "%x is bf16[N,64] but %residual is bf16[64]"),
     ("add_rms_norm", {2: "f32[63]"}, "K is 64 in %x but 63 in %w"),
+    ("add_rms_norm_and_quant", {2: "f32[63]"}, "K is 64 in %x but 63 in %w"),
     ("add_rms_norm", {"eps": -1.0}, "eps is -1.0: it must be 0 or more, and finite"),
     ("add_rms_norm", {"scale": "ue8m0"}, "scale is ue8m0, but quant isn't given"),
     ("rms_norm", {"quant": (1, 4, 4, 4)}, "blocks of 1x4x4x4 don't fit %x, bf16[N,64]"),

@@ -86,6 +86,18 @@ def test_add_rms_norm_norms_the_rounded_sum(dtype: torch.dtype) -> None:
     torch.testing.assert_close(normed, exact.to(dtype))
 
 
+@F32_BF16
+def test_plain_and_quantised_rows_are_of_one_norm(dtype: torch.dtype) -> None:
+    x, residual, w = randn(5, 16, dtype=dtype), randn(6, 16, dtype=dtype)[1:], randn(16)
+    total, normed, q = reference("add_rms_norm_and_quant", x, residual, w, eps=1e-3, quant=(1, 4))
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(normed, F.rms_norm(total.double(), (16,), w.double(), 1e-3).to(dtype))
+    by = normed.float().view(5, 4, 4).abs().amax(2).clamp_min(1e-4) / 448
+    assert torch.equal(q.scale, by)
+    again = (normed.float().view(5, 4, 4) / by[..., None]).to(torch.float8_e4m3fn).view(5, 16)
+    assert torch.equal(q.q.float(), again.float())
+
+
 def test_embedding() -> None:
     table = randn(7, 3)
     ids = torch.tensor([6, 0, 6])

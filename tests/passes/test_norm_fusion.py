@@ -143,6 +143,30 @@ def test_same_bits_of_quantised_norms(dtype: str, count: int) -> None:
     assert not run("norm-fusion", m)[0].changed
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_plain_rows_that_others_read_come_with_the_quantised(
+    dtype: str, count: int, golden: Callable[[str, str], None]
+) -> None:
+    m = parse_module(
+        replaced(("return %y, %s", "return %y, %m"))(QUANT)
+        .replace("f32[N", f"{dtype}[N")
+        .replace("acc=f32", f"acc={dtype}")
+    )
+    weights, args = scaled_weights(m), (tokens(count, 8, 1, dtype), tokens(count, 8, 2, dtype))
+    before = outputs(m, weights, *args)
+    if dtype == "f32" and count == 5:
+        golden("norm_fusion_and_quant.before.moec", golden_text(m))
+    (done,) = run("norm-fusion", m)
+    if dtype == "f32" and count == 5:
+        golden("norm_fusion_and_quant.after.moec", golden_text(m))
+    assert done.fired["add-norm-and-quant"] == 1 and "quant" not in op_names(m)
+    for a, b in zip(before, outputs(m, weights, *args), strict=True):
+        assert torch.equal(a, b)
+    assert print_module(parse_module(print_module(m))) == print_module(m)
+    assert not run("norm-fusion", m)[0].changed
+
+
 TWO = "  %up = linear(%n.q, $up.weight) {acc=f32} : f32[N,8]"
 QUANT_MISSES: list[tuple[str, list[tuple[str, str]], str]] = [
     (
@@ -151,9 +175,9 @@ QUANT_MISSES: list[tuple[str, list[tuple[str, str]], str]] = [
         "%n is used more than once",
     ),
     (
-        "add-norm-quant",
-        [("return %y, %s", "return %y, %m")],
-        "%m is used more than once",
+        "add-norm-and-quant",
+        [("return %y, %s", "%z = mul(%s, %s) : f32[N,8]\n  return %y, %z")],
+        "only the quant reads %m",
     ),
     (
         "norm-quant",
