@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ class Session:
     cache: str | None = None
     device: str = "cuda"
     limits: Limits = field(default_factory=Limits)
+    clock: Callable[[], float] = time.monotonic  # by which the seconds count
 
     def run(self, say: Say = lambda line: None, keep: Callable[[Path], None] = lambda path: None) -> Outcome:
         """Measures and writes, after each number of tokens: what ends it early loses nothing.
@@ -80,7 +82,7 @@ class Session:
             with tempfile.TemporaryDirectory(prefix="moec-tune-") as folder:
                 compiling = Compiling(Path(folder), target, self._cache(), self.device == "cuda")
                 try:
-                    search = Search(GPUS[target], measurer, compiling, self.seconds, say, write)
+                    search = Search(GPUS[target], measurer, compiling, self.seconds, say, write, self.clock)
                     outcome.found = search.run(todo, self.tokens)
                 finally:
                     compiling.close()

@@ -1,8 +1,8 @@
 """A worker of ``moec tune`` without a GPU: its clock shows what the analytic model says, with noise.
 
 The command line gives a JSON file: ``problems`` by the shape of their weights, ``constants`` of the model,
-``noise``, ``sleep`` (seconds that a measurement takes), and ``behave``: what a schedule does in place of
-running (crash, hang, wrong, fatal, garbage). Each request is written to ``log``.
+``noise``, and ``behave``: what a schedule does in place of running (crash, hang, wrong, fatal, garbage). Each
+request is written to ``log``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ def measured(plan: dict[str, Any], drawn: dict[str, Any], schedule: str, referen
         return {"error": "LaunchFailed: an illegal memory access", "kind": "failed", "fatal": True}
     if (how == "wrong" or plan["behave"].get(reference) == "alone") and schedule != reference:
         return {"error": "its results are off by 1.0e+00 of the largest", "kind": "wrong"}
-    time.sleep(plan.get("sleep", 0))
     weights = next(a["shape"] for a in drawn["arguments"] if a["role"] == "weights")
     problem = Problem(**plan["problems"][json.dumps(weights)])
     ((_, s),) = parse_ladder(schedule, problem, GPUS[TARGET])
