@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -96,6 +97,7 @@ def moec() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Exit codes: 0, 1 a user's error, 2 usage, 70 a bug in moec, 128 + N after signal N."""
+    gc.set_threshold(200_000)  # imports and IR make many objects and few cycles
     sys.exit(run(argv))
 
 

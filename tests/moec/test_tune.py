@@ -199,7 +199,7 @@ def test_no_memory_for_the_operands(package: Path, tmp_path: Path, plan: Plan) -
 
 
 def test_the_budget_is_kept_and_what_was_found_too(package: Path, tmp_path: Path, plan: Plan) -> None:
-    """By a clock on which each look takes ten seconds: too little for 39 numbers of tokens of two products."""
+    """By a clock on which each look takes ten seconds: too little for 39 numbers of tokens, twice."""
     plan()
     looks = itertools.count()
     clock = lambda: 10.0 * next(looks)  # noqa: E731
