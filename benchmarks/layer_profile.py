@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--only", default="moec", help="whose layer")
     parser.add_argument("--out", type=Path, help="write the JSON here")
     args = parser.parse_args()
+    if args.tokens < 1:
+        parser.error("--tokens: 1 or more")
     if not torch.cuda.is_available():
         sys.exit("no NVIDIA GPU is here: there is nothing to profile")
     adapters = FP8_ADAPTERS if args.dtype == "fp8" else ADAPTERS

@@ -151,6 +151,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"no shape is called {', '.join(unknown)}; there is {', '.join(known)}")
     if unknown := [name for name in args.only or () if name not in ADAPTERS]:
         parser.error(f"nobody is called {', '.join(unknown)}; there is {', '.join(ADAPTERS)}")
+    if min(args.tokens or [1]) < 1:
+        parser.error("--tokens: 1 or more")
     args.shapes = [known[name] for name in chosen]
     default = SELF_TEST_TOKENS if args.self_test else QUICK_TOKENS if args.quick else TOKENS
     args.tokens = args.tokens or default

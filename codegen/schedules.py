@@ -285,7 +285,9 @@ def _fused_multiply_add() -> list[Schedule]:
     ]
 
 
-_RUNG = re.compile(r"(?:<(\S+) rows: *)?(\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: split(\d+))?( persistent)?")
+_RUNG = re.compile(
+    r"(?:<(\S+) rows: *)?(\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: split(\d+))?( persistent)?", re.ASCII
+)
 
 
 def print_ladder(rungs: list[tuple[float, Schedule]]) -> str:
@@ -308,6 +310,8 @@ def parse_ladder(text: str, problem: Problem, device: GPU) -> list[tuple[float, 
         if rungs and below <= rungs[-1][0]:
             raise ValueError(f"{part!r}: the numbers of rows must ascend")
         m, n, k, warps, stages = map(int, match.groups()[2:7])
+        if min(m, n, k, warps, stages, int(match[8] or 1)) < 1:
+            raise ValueError(f"{part!r}: every number is 1 or more")
         form: Form = match[2]  # type: ignore[assignment]  # another one is in no list
         s = Schedule(form, m, n, k, warps, stages, int(match[8] or 1), match[9] is not None)
         if s not in allowed:
@@ -321,7 +325,7 @@ def _bound(text: str | None) -> float:
     if text is None:
         return math.inf
     try:
-        below = float(text)
+        below = float(text) if text.isascii() else math.nan
     except ValueError:
         raise ValueError(f"{text!r} is no number of rows") from None
     if not 0 < below < math.inf:

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -73,7 +74,7 @@ def read_tuning(path: Path, warn: Warn = lambda line: None) -> Tuning:
     """
     given = read_json(path)
     reader = _Reader(path, warn)
-    if given.get("format") != FORMAT:
+    if type(given.get("format")) is not int or given["format"] != FORMAT:
         raise BadTuning(f"{path} has format {given.get('format')!r}; this moec reads {FORMAT}: tune again")
     device, target = reader.text(given, "device"), reader.text(given, "target")
     versions = {k: str(v) for k, v in reader.get(given, "versions", dict).items()}
@@ -111,8 +112,8 @@ def read_json(path: Path) -> dict[str, Any]:
         line = (text.splitlines() or [""])[min(error.lineno, len(text.splitlines()) or 1) - 1]
         loc = SourceLoc(str(path), error.lineno, column=error.colno, text=line)
         raise BadTuning(f"no JSON: {error.msg}", loc=loc) from None
-    except RecursionError:
-        raise BadTuning(f"{path} nests deeper than any tuning file") from None
+    except (RecursionError, ValueError) as error:  # nested too deep, numbers too long
+        raise BadTuning(f"{path} is no tuning file: {error}") from None
     if not isinstance(given, dict):
         raise BadTuning("a tuning file is a JSON object", loc=SourceLoc(str(path), 1))
     return given
@@ -182,4 +183,5 @@ class _Reader:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max

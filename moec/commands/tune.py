@@ -41,7 +41,7 @@ def command(
     after each step, so Ctrl-C loses nothing.
     """
     if (package is None) == (refit is None):
-        raise click.UsageError("a PACKAGE to measure, or --refit FILE")
+        raise click.UsageError("either a PACKAGE to measure, or --refit FILE")
     if refit is not None:
         _refit(refit, as_json)
         return

@@ -32,6 +32,7 @@ from transformers.integrations import finegrained_fp8, moe
 
 from moec.errors import UnsupportedModel
 from moec.ops import fused_experts
+from moec.ops.scales import two_readings
 
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -141,11 +142,16 @@ def _fp8_scale(module: Any, name: str) -> Tensor:
     else:
         known = [(experts, -(-rows // 128), -(-columns // 128))] if tuple(block) == (128, 128) else []
     if tuple(scale.shape) not in known:
-        found = f"scales {list(scale.shape)} of blocks {block}"
+        wanted = (
+            " or ".join(str(list(shape)) for shape in known) or "blocks of 128 x 128, or a scale a matrix"
+        )
         raise UnsupportedModel(
-            f"{shown} {list(weight.shape)} has {found}: moec reads blocks of 128 x 128, or a scale a matrix",
+            f"{shown} {list(weight.shape)} has scales {list(scale.shape)} of blocks {block}: "
+            f"moec reads {wanted}",
             notes=[_FP8_ADVICE],
         )
+    if scale.shape[1:] == (2, 1) and two_readings(rows, columns):  # as rows' there is no doubt
+        return scale.repeat_interleave(rows // 2 if block is None else 128, 1)[:, :rows]
     return scale
 
 

@@ -79,8 +79,9 @@ def route(
     Mixtral, Qwen3-MoE    k=2, score="softmax", renorm=True
     ====================  ================================================================================
 
-    Equal scores go to the lower id, of groups too. A NaN counts as the highest score, so that its token gets
-    weights that are NaN; it still goes to k different experts that there are, and no other token changes.
+    Equal scores go to the lower id, of groups too. A logit that is NaN counts as the highest score, so that
+    its token gets weights that are NaN; it still goes to k different experts that there are, and no other
+    token changes. A NaN in the bias has its expert chosen; the weights are of the logits alone.
 
     Raises BadInput, also for routers that aren't defined: a ``top2sum`` of one expert a group, or k beyond
     what the kept groups have; otherwise as ``fused_experts``.

@@ -124,8 +124,7 @@ def check_router(
         raise BadInput(f"group_score is top2sum, but {groups} groups of {experts} experts have one each")
     if groups > 1 and masked == "neginf" and k > size * topk_groups:
         raise BadInput(f"k is {k}, but {topk_groups} groups of {size} experts allow {size * topk_groups}")
-    if not math.isfinite(scale):
-        raise BadInput(f"scale is {scale}; it must be a finite number")
+    check_weight_scale(scale)
 
 
 def check_hash_router(logits: Tensor, table: Tensor, tokens: Tensor, score: str, scale: float) -> None:
@@ -137,8 +136,13 @@ def check_hash_router(logits: Tensor, table: Tensor, tokens: Tensor, score: str,
         raise BadInput(f"there is nothing to choose: logits is {describe(logits)}, table {describe(table)}")
     if score not in SCORES[1:]:
         raise BadInput(f"score is {score!r}; it must be one of {', '.join(SCORES[1:])}")
-    if not math.isfinite(scale):
-        raise BadInput(f"scale is {scale}; it must be a finite number")
+    check_weight_scale(scale)
+
+
+def check_weight_scale(scale: float) -> None:
+    """Raises BadInput unless routing weights can be multiplied by it."""
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        raise BadInput(f"scale is {scale}; it must be a finite number in float32")
 
 
 def check_activation(activation: str, limit: float | None) -> None:

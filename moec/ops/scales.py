@@ -38,18 +38,23 @@ class Scales:
         self.weights = {"w13_scale": w13_scale, "w2_scale": w2_scale}
         weights = zip((w13, w2), self.weights.items(), strict=True)
         self.constants["blocks"] = tuple(scale_block(name, w, s) for w, (name, s) in weights)
-        self.arguments = [s.to(torch.float32).contiguous() for s in self.weights.values()]
+        self.arguments = [aligned(s.to(torch.float32).contiguous()) for s in self.weights.values()]
         if x_scale is not None:
             self.constants["x_block"] = x_block(x, x_scale)
-            self.arguments.append(x_scale if x_scale.dim() == 2 else x_scale.view(1, 1))
+            self.arguments.append(aligned(x_scale if x_scale.dim() == 2 else x_scale.view(1, 1)))
 
     def form(self, name: str) -> str:
         return f"{name}_fp8" if self.weights else name
 
     def check(self, experts: Tensor) -> None:
-        """Those of ``experts``, which the call reads, are finite. Raises BadInput."""
+        """Those of ``experts``, which are read, are finite; x's may be NaN where x was. Raises BadInput."""
         for name, scale in self.weights.items():
             check_scale_values(name, scale, experts)
+
+
+def aligned(scale: Tensor) -> Tensor:
+    """``scale`` where it may be read 16 bytes at a time: some experts' cut from those of all are copied."""
+    return scale if scale.data_ptr() % 16 == 0 else scale.clone()
 
 
 def check_scaled_experts(
@@ -86,7 +91,17 @@ def scale_block(name: str, w: Tensor, scale: Tensor) -> Block:
     }
     if name == "w13_scale":
         shapes["gate and up"] = ((rows // 2, 0), (experts, 2, 1))
+        if two_readings(rows, columns) and scale.shape == (experts, 2, 1):
+            raise BadInput(
+                f"{name} [E, 2, 1] may be of gate and up or of 128 x 128 blocks of w13 {list(w.shape)}: "
+                f"give each row its own, [E, {rows}, 1]"
+            )
     return _block(name, scale, shapes, *OF_WEIGHTS)
+
+
+def two_readings(rows: int, columns: int) -> bool:
+    """Whether scales [E, 2, 1] of w13 [E, rows, columns] mean one thing by halves and another by blocks."""
+    return columns <= 128 < rows < 256
 
 
 def x_block(x: Tensor, scale: Tensor) -> Block:

@@ -56,6 +56,8 @@ def find_tuning(options: BuildOptions, target: str) -> Tuning | None:
     Raises BadTuning where the file that the options name can't be read; one that lies where builds look is
     passed over.
     """
+    if target not in GPUS and options.tuning not in (None, NONE):
+        _warn(f"{options.tuning} is not read: {target} has no schedules to choose among")
     if target not in GPUS or options.tuning == NONE:
         return None
     if options.tuning is not None:

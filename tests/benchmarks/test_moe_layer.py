@@ -110,6 +110,7 @@ def test_experts_in_fp8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--self-test", "--tokens", "0"], "--tokens: 1 or more"),
         (["--self-test", "--shapes", "huge"], "no shape is called huge; there is tiny, tiny-top6"),
         (["--self-test", "--only", "me"], "nobody is called me; there is moec"),
         ([], "no NVIDIA GPU is here; --self-test"),

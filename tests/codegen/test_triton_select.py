@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moec.codegen.kernels.triton_grouped import Sums
 from moec.codegen.kernels.triton_grouped_combine import few_tokens
-from moec.codegen.schedules import Problem, Schedule, reasons_against, space
+from moec.codegen.schedules import Problem, Schedule, parse_ladder, reasons_against, space
 from moec.codegen.select import band, choose, explain, ladder, row_tiles, terms, tiles_of
 from moec.codegen.targets import TARGETS
 from moec.ir.devices import GPUS
@@ -97,6 +97,18 @@ def test_shared_memory_is_enforced() -> None:
     assert any("bytes of shared memory" in r for r in reasons_against(replace(big, stages=5), V3_UP, H100))
     for device in GPUS.values():
         assert all(V3_UP.shared_memory(s, device) <= device.smem_per_block for s in space(V3_UP, device))
+
+
+@pytest.mark.parametrize("text", ["rows 0x64x64 w4 s3", "rows 64x64x64 w0 s3", "rows 64x64x64 w4 s3 split0"])
+def test_numbers_of_a_schedule_are_positive(text: str) -> None:
+    with pytest.raises(ValueError, match="every number is 1 or more"):
+        parse_ladder(text, V3_UP, H100)
+
+
+@pytest.mark.parametrize("text", ["rows ٦٤x64x64 w4 s3", "<٣ rows: rows 64x64x64 w4 s3; rows 64x64x64 w4 s3"])
+def test_numbers_of_a_schedule_are_digits(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is none|is no number of rows"):
+        parse_ladder(text, V3_UP, H100)
 
 
 def test_slow_or_spilling_schedules_are_refused() -> None:

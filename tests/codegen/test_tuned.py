@@ -82,6 +82,9 @@ def test_reading(write: Write) -> None:
         ({"problems": [{"problem": {"experts": 4}, "points": []}]}, ["problems[0].problem"]),
         ({"problems": [{"problem": {"experts": "4"}, "points": []}]}, ["problems[0].problem"]),
         ({"constants": {"latency": -1}}, ["not positive numbers"]),
+        ({"constants": {"latency": 10**400}}, ["constants is"]),
+        ({"format": True}, ["format True", "tune again"]),
+        ({"text": '{"format": ' + "1" * 5000 + "}"}, ["no tuning file"]),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(change: dict[str, Any], words: list[str], write: Write) -> None:
@@ -95,6 +98,7 @@ def test_a_damaged_file_is_refused_by_name(change: dict[str, Any], words: list[s
     ("point", "words"),
     [
         ({"rows": 0}, "points[1].rows is 0"),
+        ({"rows": 10**400}, "points[1].rows is 1000"),
         ({"measured": {"rows 64x64x64 w4 s3": True}}, "is True, not a positive number"),
         ({"measured": []}, "points[1].measured is []"),
         ({"date": None}, "points[1].date is None"),
@@ -111,7 +115,7 @@ def test_a_damaged_point_is_refused_by_its_place(point: dict[str, Any], words: s
 
 def test_schedules_that_the_space_hasn_t_are_left_out(write: Write) -> None:
     problem = json.loads(json.dumps(FIXTURE["problems"][0]))
-    problem["points"][0]["measured"] = {"rows 16x64x64 w4 s3": 1e-6, FEW.text: 1e-5, "nonsense": 1e-7}
+    problem["points"][0]["measured"] = {"rows 16x64x64 w4 s3": 1e-6, FEW.text: 1e-5, "rows 0x0x0 w0 s0": 1e-7}
     odd = problem | {"problem": problem["problem"] | {"colour": 3}}
     said: list[str] = []
     tuning = read_tuning(write(problems=[problem, odd]), said.append)

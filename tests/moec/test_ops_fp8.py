@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import BadInput, DeviceUnavailable
-from moec.ops import compiled, fused_experts, grouped_experts
+from moec.ops import compiled, fused_experts, grouped_experts, scales
 from tests.moec.experts import ACTS, Layer, expert, layer, loop
 from tests.moec.fp8_experts import BLOCKS, E4M3, LEAST, X_BLOCKS, FP8Layer, fp8_layer, quantise, ratio, spread
 
@@ -33,7 +33,7 @@ def test_fused_experts(data: st.DataObject) -> None:
         tokens=draw(st.integers(4, 9)),
         k=draw(st.integers(1, experts)),
         experts=experts,
-        hidden=draw(st.sampled_from([128, 200, 264])),
+        hidden=draw(st.sampled_from([256, 200, 264])),
         width=draw(st.sampled_from([64, 100, 256])),
     )
     how: dict[str, Any] = {
@@ -106,7 +106,7 @@ def test_grouped_experts(data: st.DataObject) -> None:
     counts = draw(st.lists(st.integers(0, 4), min_size=3, max_size=3))
     rows, spare = sum(counts), draw(st.integers(0 if any(counts) else 1, 3))
     dtype = torch.bfloat16 if x_block else draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    sizes = {"hidden": draw(st.sampled_from([128, 200])), "width": draw(st.sampled_from([64, 100]))}
+    sizes = {"hidden": draw(st.sampled_from([256, 200])), "width": draw(st.sampled_from([64, 100]))}
     one = fp8_layer(block, x_block, dtype, tokens=rows + spare, experts=3, **sizes)
     meant = one.meant()
     if spare and not x_block:
@@ -214,6 +214,27 @@ def test_scales_of_other_granularities_in_the_kernels() -> None:
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, env=os.environ | switches, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_scales_with_two_meanings_are_refused() -> None:
+    """[E, 2, 1] of 200 rows of 100: gate's and up's, or those of blocks of 128 and of 72 rows."""
+    one = fp8_layer(hidden=100, width=100)
+    x, w13, w2, weights, ids = one.args
+    experts = len(w13)
+    halves, w2_scale = torch.rand(experts, 2, 1) + 0.1, torch.ones(experts, 1, 1)
+    with pytest.raises(BadInput, match=r"may be of gate and up or of 128 x 128 blocks.*\[E, 200, 1\]"):
+        fused_experts(x.bfloat16(), w13, w2, weights, ids, w13_scale=halves, w2_scale=w2_scale)
+    rows = halves.repeat_interleave(100, 1)
+    fused_experts(x.bfloat16(), w13, w2, weights, ids, w13_scale=rows, w2_scale=w2_scale)
+
+
+def test_scales_cut_from_those_of_all_experts() -> None:
+    """They may start anywhere: what kernels get starts at a multiple of 16 bytes."""
+    all_of_them = torch.rand(5, 1, 1)
+    assert all_of_them[1:].data_ptr() % 16
+    found = scales.aligned(all_of_them[1:])
+    assert found.data_ptr() % 16 == 0 and torch.equal(found, all_of_them[1:])
+    assert scales.aligned(all_of_them) is all_of_them
 
 
 def drop(name: str) -> Callable[[FP8Layer], dict[str, Any]]:

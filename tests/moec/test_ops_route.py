@@ -240,6 +240,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"renorm": 1}, "renorm is 1; it must be True or False"),
     ({"scale": "2.5"}, "scale is '2.5'; it must be a number"),
     ({"scale": math.nan}, "scale is nan; it must be a finite number"),
+    ({"scale": 1e300}, "scale is 1e\\+300; it must be a finite number in float32"),
     ({"scale": math.inf}, "scale is inf"),
     ({"logits": torch.zeros(8)}, r"logits must be .* \[T, E\] = \[\*, \*\], not float32 \[8\]"),
     ({"logits": torch.zeros(5, 8).double()}, "logits must be .* not float64"),

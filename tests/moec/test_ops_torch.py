@@ -197,6 +197,17 @@ for dtype in (torch.float32, torch.float16):
     one = layer(9, k=6, experts=8, hidden=32, width=16, dtype=dtype)
     one.ids[2, 1], one.weights[2, 1] = -1, torch.nan
     close(moec.ops.fused_experts(*one.args, shared=one.x), loop(one, shared=one.x), dtype)
+    # Choices cut from a batch start anywhere; x is to start at a multiple of 16 bytes.
+    x, weights, ids = one.x[1:], one.weights[1:], one.ids[1:].long()
+    assert x.data_ptr() % 16 == 0 and weights.data_ptr() % 16
+    part = type(one)(x, one.w13, one.w2, weights, ids)
+    close(moec.ops.fused_experts(*part.args), loop(part), dtype)
+    part.ids = ids.int()[1:]
+    part.x, part.weights = x[1:], weights[1:]
+    close(moec.ops.fused_experts(*part.args), loop(part), dtype)
+    table = torch.randint(8, (5, 3)).int()
+    tokens = torch.tensor([0, 1, 2, 3])[1:]
+    moec.ops.hash_route(torch.randn(4, 7)[1:], table[1:] % 7, tokens, score="sigmoid", renorm=True)
     how = {"k": 6, "score": "softmax", "renorm": True}
     logits = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
     one.weights, one.ids = moec.ops.route(logits, **how)
