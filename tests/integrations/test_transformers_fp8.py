@@ -28,7 +28,7 @@ def test_their_loop_over_experts_agrees(data: st.DataObject) -> None:
     draw = data.draw
     block = draw(st.sampled_from([(128, 128), None]))
     fields: dict[str, Any] = {"hidden_size": draw(st.sampled_from([128, 200, 256]))}
-    fields["moe_intermediate_size"] = draw(st.sampled_from([128, 256]))
+    fields["moe_intermediate_size"] = draw(st.sampled_from([100, 128, 256]))
     fields["hidden_act"] = draw(st.sampled_from(["silu", "gelu", "gelu_pytorch_tanh"]))
     if draw(st.booleans()):
         fields["swiglu_limit"] = 0.5
