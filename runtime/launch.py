@@ -67,6 +67,7 @@ import inspect
 import json
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,7 +112,7 @@ class Variant:
     fp_fusion: bool = True
 
 
-class Launchable:
+class Launchable(ABC):
     """What can be launched, whatever it's written in: ``KERNEL[variant, grid](*args)``.
 
     ``args`` are positional, without what a variant fixes: tensors (None: a null pointer), ints and floats.
@@ -125,22 +126,23 @@ class Launchable:
         self._arguments: dict[str, Arguments] = {}
         self._loaded: dict[tuple[str, int], _Compiled] = {}
 
+    @abstractmethod
     def requests(self, arch: str) -> Sequence[Compilable]:
         """What to compile for a family of devices."""
-        raise NotImplementedError
 
+    @abstractmethod
     def twins(self) -> dict[str, bool]:
         """Each variant's name, and whether there is a twin that was compiled without promises."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _kinds(self, variant: str) -> list[tuple[str, str]]:
         """Name and type of each argument."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _on_cpu(
         self, variant: str, blocks: tuple[int, int, int], arguments: Arguments, args: Sequence[Any]
     ) -> None:
-        raise NotImplementedError
+        """What a launch with tensors of the CPU does."""
 
     def __getitem__(self, key: tuple[str, Grid]) -> Callable[..., None]:
         """A function of the arguments.
