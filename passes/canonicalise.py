@@ -6,7 +6,10 @@ right bit for bit, but for two, which say so below."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+
+import torch
 
 from moec.ir import Module, Value
 from moec.ir.types import f32
@@ -79,9 +82,27 @@ def not_broadcast(m: Match) -> str:
     return "" if sizes[0] == sizes[1] else f"{m['s'].text} is broadcast from {sizes[0]} to {sizes[1]}"
 
 
+def clamped_to_limit(m: Match) -> str:
+    gate, up = m["gate.clamp"].attrs, m["up.clamp"].attrs
+    limit, dtype = gate["hi"], m["gate"].type.dtype
+    if gate["lo"] != -math.inf or (up["lo"], up["hi"]) != (-limit, limit):
+        return f"gate is clamped to {gate['lo']} … {limit}, up to {up['lo']} … {up['hi']}: that is no limit"
+    if not torch.finfo(torch.float32).tiny <= limit <= torch.finfo(torch.float32).max:
+        return f"{limit} is no positive number in float32"
+    if torch.tensor(limit, dtype=torch.float32).to(dtype.torch).item() != limit:
+        return f"{dtype} has no {limit}: clamp rounds it"
+    return ""
+
+
 # Rewrites.
 def operand(name: str) -> Callable[[Match], Value]:
     return lambda m: m[name]
+
+
+def swiglu_limit(m: Match) -> Value:
+    how = m.root.attrs | {"limit": m["gate.clamp"].attrs["hi"]}
+    (h,) = m.create("swiglu", m["gate"], m["up"], **how).op.results
+    return h
 
 
 def cast_once(m: Match) -> Value:
@@ -146,6 +167,14 @@ FOLDS: Rules = {
         P.cast(P.zeros_like("x", dtype=ANY), to=ANY),
         zeros,
     ),  # cast(zeros_like(x)) -> zeros_like(x)
+    "swiglu-clamp": (
+        P.swiglu(
+            P.clamp("gate", lo=ANY, hi=ANY).named("gate.clamp"),
+            P.clamp("up", lo=ANY, hi=ANY).named("up.clamp"),
+            act=ANY,
+        ).where(clamped_to_limit),
+        swiglu_limit,
+    ),  # swiglu(clamp(g), clamp(u)) -> swiglu(g, u) {limit=..}
     # Not bit for bit: -0.0 + 0.0 is 0.0, and x keeps its sign here.
     "add-zeros": (
         P.add("x", P.zeros_like(..., dtype=ANY)).commutes().where(keeps_type),

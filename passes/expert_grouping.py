@@ -112,7 +112,7 @@ def join_gate_up(m: Match) -> Value:
             m.function.drop_param(old.name)
 
     m.later(tidy)
-    (h,) = m.create("swiglu", gate_up, act=m.root.attrs["act"]).op.results
+    (h,) = m.create("swiglu", gate_up, **m.root.attrs).op.results
     return h
 
 
@@ -142,6 +142,7 @@ RULES: Rules = {
             P.grouped_linear("x", param("gate"), "off").once().named("product"),
             P.grouped_linear("x", param("up"), "off").once(),
             act=ANY,
+            limit=ANY,
         )
         .where(own_weights)
         .where(even_width),
@@ -152,6 +153,7 @@ RULES: Rules = {
             P.linear("x", param("gate")).once().named("product"),
             P.linear("x", param("up")).once(),
             act=ANY,
+            limit=ANY,
         )
         .where(own_weights)
         .where(even_width),

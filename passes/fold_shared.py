@@ -54,8 +54,10 @@ def routed_here(m: Match) -> str:
 def fits(m: Match) -> str:
     """The shared MLP is a whole number of experts."""
     w13, s13, s2 = m["w13"].type, m["s13"].type, m["s2"].type
-    if m["h"].attrs["act"] != m["s.h"].attrs["act"]:
-        return f"the experts' act is {m['h'].attrs['act']}, the shared one's {m['s.h'].attrs['act']}"
+    for name in ("act", "limit"):
+        own, shared = (m[h].attrs[name] for h in ("h", "s.h"))
+        if own != shared:
+            return f"the experts' {name} is {own or 'not given'}, the shared one's {shared or 'not given'}"
     if w13.dtype != s13.dtype or m["w2"].type.dtype != s2.dtype:
         return f"the experts' weights are {w13.dtype}, the shared ones {s13.dtype}"
     if s13.shape[0] % w13.shape[1]:
@@ -155,6 +157,7 @@ EXPERTS = (
             .once()
             .named("gu"),
             act=ANY,
+            limit=ANY,
         )
         .once()
         .named("h"),
@@ -165,7 +168,7 @@ EXPERTS = (
     .named("d")
 )
 SHARED = P.linear(
-    P.swiglu(P.linear("x", param("s13")).once(), act=ANY).once().named("s.h"), param("s2")
+    P.swiglu(P.linear("x", param("s13")).once(), act=ANY, limit=ANY).once().named("s.h"), param("s2")
 ).once()
 SUM = P.combine(EXPERTS, "slot", ROUTE, to=ANY).once()
 

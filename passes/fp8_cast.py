@@ -31,7 +31,7 @@ from moec.ir import DType, Module, Value
 from moec.ir.devices import GPUS
 from moec.ir.op import Param
 from moec.ir.ops.hash_route import HashRoute
-from moec.ir.ops.moe import GroupedLinearCombine
+from moec.ir.ops.moe import GatherGroupedLinear, GroupedLinearCombine
 from moec.ir.ops.route import Route
 from moec.ir.types import bf16, f16, f32, parse_block
 from moec.ir.weights import bindings, weights_name
@@ -154,7 +154,7 @@ class FP8Cast(Pass):
             }  # head_linear(x, w) -> head_linear(x, w.q)
         experts = P.grouped_linear("x", param("w"), "off", maybe("slot"), to=ANY)
         fused = P.gather_grouped_linear(
-            "x", param("w"), "slot", "off", per_row=ANY, epilogue=ANY, act=ANY, quant=ANY, scale=ANY, to=ANY
+            "x", param("w"), "slot", "off", **dict.fromkeys(GatherGroupedLinear.attr_specs, ANY)
         )
         summed = P.grouped_linear_combine(
             "x", param("w"), "off", "slot", "weights", maybe("plus"), rows=ANY, to=ANY

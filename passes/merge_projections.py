@@ -90,7 +90,7 @@ def in_halves(m: Match) -> str:
 
 # Rewrites.
 def whole(m: Match) -> Value:
-    (h,) = m.create("swiglu", m["x"], act=m.root.attrs["act"]).op.results
+    (h,) = m.create("swiglu", m["x"], **m.root.attrs).op.results
     return h
 
 
@@ -120,7 +120,9 @@ class MergeProjections(Pass):
                 self._join,
             ),  # linear(x, u), linear(x, v) -> split(linear(x, [u; v]))
             "swiglu-halves": (
-                P.swiglu(P.split("x", sizes=ANY, axis=ANY).named("split"), "up", act=ANY).where(in_halves),
+                P.swiglu(P.split("x", sizes=ANY, axis=ANY).named("split"), "up", act=ANY, limit=ANY).where(
+                    in_halves
+                ),
                 whole,
             ),  # g, u = split(x); swiglu(g, u) -> swiglu(x)
         }

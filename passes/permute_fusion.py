@@ -124,14 +124,15 @@ def gather(m: Match) -> Value:
 
 def gather_swiglu(m: Match) -> Value:
     """The same, with the root as its epilogue."""
-    per_row, act = m["gather"].attrs["per_row"], m.root.attrs["act"]
-    return _product(m, [m["x"], m["w"], m["slot"], m["off"]], per_row=per_row, epilogue="swiglu", act=act)
+    per_row = m["gather"].attrs["per_row"]
+    operands = [m["x"], m["w"], m["slot"], m["off"]]
+    return _product(m, operands, per_row=per_row, epilogue="swiglu", **m.root.attrs)
 
 
 def swiglu(m: Match) -> Value:
     """The product as it was, with the root as its epilogue."""
     product = m["product"]
-    return _product(m, product.operands, **product.attrs | {"epilogue": "swiglu", "act": m.root.attrs["act"]})
+    return _product(m, product.operands, **product.attrs | {"epilogue": "swiglu"} | m.root.attrs)
 
 
 def quant(m: Match) -> Value:
@@ -170,13 +171,13 @@ PRODUCT = P.grouped_linear(GATHERED, "w", "off", to=ANY).named("product")
 
 WITH_SWIGLU: Rules = {
     "gather-swiglu": (
-        P.swiglu(PRODUCT.once(), act=ANY).where(known_dtype),
+        P.swiglu(PRODUCT.once(), act=ANY, limit=ANY).where(known_dtype),
         gather_swiglu,
     ),  # swiglu(grouped_linear(gather_rows(x))) -> gather_grouped_linear(x) {epilogue=swiglu}
     "swiglu": (
-        P.swiglu(P.gather_grouped_linear(..., per_row=ANY, to=ANY).once().named("product"), act=ANY).where(
-            known_dtype
-        ),
+        P.swiglu(
+            P.gather_grouped_linear(..., per_row=ANY, to=ANY).once().named("product"), act=ANY, limit=ANY
+        ).where(known_dtype),
         swiglu,
     ),  # swiglu(gather_grouped_linear(x)) -> gather_grouped_linear(x) {epilogue=swiglu}
 }
@@ -230,7 +231,9 @@ SUMMED: Rules = {
 QUANT: Rules = {
     "quant": (
         P.quant(
-            P.gather_grouped_linear(..., per_row=ANY, epilogue=ANY, act=ANY, to=ANY).once().named("product"),
+            P.gather_grouped_linear(..., per_row=ANY, epilogue=ANY, act=ANY, limit=ANY, to=ANY)
+            .once()
+            .named("product"),
             block=ANY,
             scale=ANY,
         ).where(tiles_of_rows),

@@ -148,13 +148,16 @@ def _zeros_like(g: Graph) -> Any:
 
 @draws("swiglu")
 def _swiglu(g: Graph) -> Any:
-    act = g.draw(of(["silu", "gelu", "gelu_tanh"]))
+    how = _gate(g)
     if g.draw(st.booleans()):
         gate = g.x()
-        return g.op(
-            "swiglu", gate, g.fresh(gate.type.dtype, *gate.type.shape) if plain(gate) else gate, act=act
-        )
-    return g.op("swiglu", g.fresh(g.draw(of([f32, bf16])), N, 2 * g.draw(small)), act=act)
+        up = g.fresh(gate.type.dtype, *gate.type.shape) if plain(gate) else gate
+        return g.op("swiglu", gate, up, **how)
+    return g.op("swiglu", g.fresh(g.draw(of([f32, bf16])), N, 2 * g.draw(small)), **how)
+
+
+def _gate(g: Graph) -> dict[str, Any]:
+    return {"act": g.draw(of(["silu", "gelu", "gelu_tanh"])), "limit": g.draw(of([None, 0.25]))}
 
 
 def plain(value: Value) -> bool:
@@ -594,7 +597,7 @@ def _gather_grouped_linear(g: Graph) -> Any:
     (slot, off), _, experts, k = _sorted(g)
     x, inner = g.x(N, g.draw(small)), g.draw(small)
     if g.draw(st.booleans()):
-        how, width = {"epilogue": "swiglu", "act": g.draw(of(["silu", "gelu", "gelu_tanh"]))}, 2 * inner
+        how, width = {"epilogue": "swiglu"} | _gate(g), 2 * inner
     else:
         how, width = {}, inner
     if g.draw(of([False, False, True])):

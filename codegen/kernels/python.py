@@ -52,7 +52,7 @@ def _attention(op: Op) -> dict[str, Any]:
 def gather_grouped_linear(op: Op) -> dict[str, Any]:
     width = op.results[0].type.shape[1]  # type: ignore[union-attr]
     wide = op.operands[0].type.dtype.bits >= 32  # type: ignore[union-attr]
-    shown = {name: op.attrs[name] for name in ("per_row", "epilogue", "act")}
+    shown = {name: op.attrs[name] for name in ("per_row", "epilogue", "act", "limit")}
     return shown | {"width": width, "wide": wide, "quant": ""}
 
 

@@ -144,7 +144,8 @@ def _grouped_linear_combine(op: Op) -> dict[str, Any]:
 
 
 def _gather_grouped_linear(op: Op) -> dict[str, Any]:
-    return {"quant": ""} | _experts(op) | {name: op.attrs[name] for name in ("per_row", "epilogue", "act")}
+    shown = {name: op.attrs[name] for name in ("per_row", "epilogue", "act", "limit")}
+    return {"quant": ""} | _experts(op) | shown
 
 
 def _head_linear(op: Op) -> dict[str, Any]:

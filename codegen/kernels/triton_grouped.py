@@ -40,6 +40,7 @@ class Flags:
     per_row: int
     swiglu: bool
     act: str
+    limit: float | None  # gate and up are clamped to it before
     scatter: bool  # rows are stored by slot
     persistent: bool
     x_descriptor: bool
@@ -194,6 +195,7 @@ def form_of(
         per_row=op.attrs.get("per_row", 1),
         swiglu=p.matrices == 2,
         act=op.attrs.get("act", ""),
+        limit=op.attrs.get("limit"),
         scatter=not gather and slot is not None,
         persistent=schedules[0].persistent,
         # Rows that lie side by side come as whole tiles too. Few rows gain nothing, and a descriptor of a

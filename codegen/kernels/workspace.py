@@ -124,8 +124,9 @@ def _places(op: Op) -> Amount:
 
 
 def _swiglu(op: Op) -> Amount:
-    """In fp32 the activation is the result, multiplied in place."""
-    return NOTHING if _type(op, 0).dtype == f32 else wide_copies(op)
+    """In fp32 the activation is the result, multiplied in place; what is clamped is a copy."""
+    in_place = _type(op, 0).dtype == f32 and op.attrs["limit"] is None
+    return NOTHING if in_place else wide_copies(op)
 
 
 def _paged(op: Op) -> Amount:

@@ -120,16 +120,33 @@ class ZerosLike(Unary, name="zeros_like"):
         return torch.zeros(x.shape, dtype=dtype.torch, device=x.device)
 
 
+def check_limit(op: Op) -> None:
+    """Raises unless ``op``'s limit, where it has one, is a positive number in fp32."""
+    limit, known = op.attrs["limit"], torch.finfo(torch.float32)
+    if limit is not None and not known.tiny <= limit <= known.max:
+        raise op.mismatch(f"limit is {limit}; it must be a positive number in float32")
+
+
+def gated_flops(limit: float | None) -> int:
+    """FLOPs of an element of act(gate) · up, gate and up clamped where there is a ``limit``."""
+    return 5 if limit is None else 7
+
+
 class SwiGLU(Op, name="swiglu"):
-    """act(gate) · up. With one operand its last axis holds gate, then up (Shazeer 2020, GLU variants)."""
+    """act(gate) · up. With one operand its last axis holds gate, then up (Shazeer 2020, GLU variants).
+
+    With ``limit`` act(min(gate, limit)) · min(max(up, -limit), limit): NaN stays NaN (DeepSeek V4).
+    """
 
     gate = operand("[..., I], or [..., 2·I] as gate then up")
     up = operand("[..., I]", optional=True)
     act = attr(choice("silu", "gelu", "gelu_tanh"), "silu", doc="gelu_tanh: its tanh approximation")
+    limit = attr(FLOAT, None, doc="gate is clamped to at most this, up to ± this, before the activation")
     h = result("[..., I]")
 
     def infer(self) -> TensorType:
         gate = self.tensor(self.gate, min_rank=1)
+        check_limit(self)
         if self.up is not None:
             up = self.tensor(self.up)
             if gate != up:
@@ -141,15 +158,19 @@ class SwiGLU(Op, name="swiglu"):
         return gate.with_(shape=(*gate.shape[:-1], as_dim(width // 2)))
 
     def cost(self) -> Cost:
-        return Cost(5 * self.h.type.numel, self.moved_bytes())
+        return Cost(gated_flops(self.limit) * self.h.type.numel, self.moved_bytes())
 
     @staticmethod
-    def reference(gate: torch.Tensor, up: torch.Tensor | None = None, *, act: str) -> torch.Tensor:
+    def reference(
+        gate: torch.Tensor, up: torch.Tensor | None = None, *, act: str, limit: float | None = None
+    ) -> torch.Tensor:
         if up is None:
             gate, up = gate.chunk(2, dim=-1)
-        gate32 = gate.float()
+        gate32, up32 = gate.float(), up.float()
+        if limit is not None:
+            gate32, up32 = gate32.clamp(max=limit), up32.clamp(-limit, limit)
         if act == "silu":
             activated = gate32 * torch.sigmoid(gate32)
         else:
             activated = F.gelu(gate32, approximate="tanh" if act == "gelu_tanh" else "none")
-        return (activated * up.float()).to(gate.dtype)
+        return (activated * up32).to(gate.dtype)

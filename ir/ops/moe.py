@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moec.ir.attrs import BLOCK, DTYPE, INT, SYMBOL, choice
+from moec.ir.attrs import BLOCK, DTYPE, FLOAT, INT, SYMBOL, choice
 from moec.ir.op import Cost, Op, OpResult, Value, attr, operand, result
-from moec.ir.ops.elementwise import SwiGLU
+from moec.ir.ops.elementwise import SwiGLU, check_limit, gated_flops
 from moec.ir.ops.scaled import SCALE_FORMAT, product_dtype, product_types, quantized
 from moec.ir.routing import active
 from moec.ir.scaled import Scaled, matrix, product, quantize, rounds_to, take_rows
@@ -219,8 +219,8 @@ class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
     """Row slot[r] // per_row of x times the weights of the expert that owns r, in one go with what follows.
 
     The epilogue works on the product in fp32, which is then rounded once. For ``swiglu`` an expert's weights
-    hold its gate rows, then its up rows: act(gate) · up. With ``quant`` what comes of that, still in fp32, is
-    quantised as by the op of that name.
+    hold its gate rows, then its up rows: act(gate) · up, clamped before as by ``swiglu`` where ``limit`` is
+    given. With ``quant`` what comes of that, still in fp32, is quantised as by the op of that name.
     """
 
     x = operand("[T, K]")
@@ -230,6 +230,7 @@ class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
     per_row = attr(INT, doc="slots a token: k")
     epilogue = attr(choice("none", "swiglu"), "none", doc="what is applied to the product")
     act = attr(choice("silu", "gelu", "gelu_tanh"), "silu", doc="swiglu's; gelu_tanh: its tanh approximation")
+    limit = attr(FLOAT, None, doc="swiglu's: gate is clamped to at most this, up to ± this")
     quant = attr(BLOCK, None, doc="the result is quantised with scales for these blocks, `1x128`")
     scale = attr(SCALE_FORMAT, "fp32", doc="quant's: powers of two with ue8m0")
     to = attr(DTYPE, None, doc="dtype of the result of scaled operands, bf16 where it is left out")
@@ -245,6 +246,9 @@ class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
             if not isinstance(width, int) or width % 2:
                 raise self.mismatch(f"{self.w.text} is {w}: gate and up need an even number of rows")
             width //= 2
+            check_limit(self)
+        elif self.limit is not None:
+            raise self.mismatch(f"limit is {self.limit}, but no epilogue applies it")
         elif self.act != "silu":
             raise self.mismatch(f"act is {self.act}, but no epilogue applies it")
         y = TensorType(product_dtype(self, w, self.to), (slot.shape[0], width), w.shape[0])
@@ -257,7 +261,7 @@ class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
         return quantized(self, self.x, y, self.quant)
 
     def cost(self) -> Cost:
-        each = (5 if self.epilogue == "swiglu" else 0) + (2 if self.quant else 0)
+        each = (gated_flops(self.limit) if self.epilogue == "swiglu" else 0) + (2 if self.quant else 0)
         return self.product_cost(self.slot.type.shape[0]) + Cost(each * self.y.type.numel)
 
     @staticmethod
@@ -270,6 +274,7 @@ class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
         per_row: int,
         epilogue: str,
         act: str,
+        limit: float | None = None,
         quant: tuple[int, ...] | None = None,
         scale: str = "fp32",
         to: Any = None,
@@ -277,7 +282,7 @@ class GatherGroupedLinear(ExpertProduct, name="gather_grouped_linear"):
         token = slot.long() // per_row
         y = _segments(x, w, off, [token[a:b] for a, b in pairwise(off.tolist())], len(slot))
         if epilogue == "swiglu":
-            y = SwiGLU.reference(y, act=act)  # of fp32, in fp32
+            y = SwiGLU.reference(y, act=act, limit=limit)  # of fp32, in fp32
         return y.to(rounds_to(x, to)) if quant is None else quantize(y, quant, scale)
 
 

@@ -14,13 +14,17 @@ from moec.models.blocks.swiglu import ACTIVATIONS, SwiGLU
 
 @dataclass(frozen=True)
 class Experts(Declared):
-    """``count`` gated MLPs of ``intermediate`` columns; ``weights`` name their gate, up and down."""
+    """``count`` gated MLPs of ``intermediate`` columns; ``weights`` name their gate, up and down.
+
+    limit: as that of ``SwiGLU``.
+    """
 
     count: int
     intermediate: int
     act: str = "silu"
     weights: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     name: str = "experts"
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         self.as_tuple("weights")
@@ -29,6 +33,7 @@ class Experts(Declared):
         self.need_positive("count", "intermediate")
         self.need_one_of("act", *ACTIVATIONS)
         self.need_name("name")
+        self.need_number(*(["limit"] if self.limit is not None else []), above=0)
         names = self.weights if isinstance(self.weights, tuple) else ()
         fits = len({n for n in names if isinstance(n, str) and is_name(n)}) == len(names) == 3
         self.need(fits, f"weights names three projections, not {self.weights!r}")
@@ -44,7 +49,7 @@ class Experts(Declared):
             xe = b.gather_rows(x, slot, per_row=k, out="xe")  # [R, H]
             g = b.project(xe, gate, I, out="g")
             u = b.project(xe, up, I, out="u")
-            h = b.swiglu(g, u, act=self.act, out="h")
+            h = b.swiglu(g, u, act=self.act, limit=self.limit and float(self.limit), out="h")
             d = b.project(h, down, H, out="d")
             return [b.scatter_add(y, d, slot, w, per_row=k, out="y")]
 

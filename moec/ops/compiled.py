@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import math
 import shutil
 import tempfile
 import threading
@@ -65,7 +64,7 @@ class Key:
         """Whether sorted rows are gathered from where they are, by a slot that counts: on GPUs the product of
         gathered rows has the activation, and in fp8 the quantisation, in its epilogue.
         """
-        return self.form.startswith("grouped") and self.target != "cpu" and self.limit is None
+        return self.form.startswith("grouped") and self.target != "cpu"
 
 
 _functions: dict[Key, Compiled] = {}
@@ -184,7 +183,7 @@ def fused(b: Builder, key: Key) -> tuple[Value, ...]:
     shared = _argument(b, "shared", "T", key.hidden, dtype=key.plus) if key.plus else None
     gathered = b.gather_rows(x, slot, per_row=key.k, out="xe")
     gate_up = b.grouped_linear(gathered, w13, off, out="gate_up")
-    down = b.grouped_linear(_activate(b, key, gate_up), w2, off, out="down")
+    down = b.grouped_linear(b.swiglu(gate_up, **_act(key), out="h"), w2, off, out="down")
     return (b.combine(down, slot, kept, shared, out="y"),)
 
 
@@ -194,19 +193,15 @@ def fused_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
     With a router logits[, bias] in place of weights, ids.
     What enters a product is quantised as DeepSeek-V3 does it, 1 x 128.
     """
-    floats = b.dtype
     x = _argument(b, "x", "T", key.hidden, dtype=E4M3 if key.x_block else None)
     w13, w2 = _experts(b, key, E4M3)
     kept, slot, off = _choices(b, key)
     shared = _argument(b, "shared", "T", key.hidden, dtype=key.plus) if key.plus else None
     xq, w13, w2 = _all_scaled(b, key, x, w13, w2)
-    gathered = {"per_row": key.k, "act": ACTIVATIONS[key.activation], "epilogue": "swiglu"}
-    if key.limit is None:
-        h = b.gather_grouped_linear(xq, w13, slot, off, **gathered, quant=ROWS, out="h")
-    else:  # what is clamped between is no epilogue
-        gate_up = b.gather_grouped_linear(xq, w13, slot, off, per_row=key.k, to=floats, out="gate_up")
-        h = b.quant(_activate(b, key, gate_up), block=ROWS, out="h.q")
-    down = b.grouped_linear(h, w2, off, slot, to=floats, out="down")
+    h = b.gather_grouped_linear(
+        xq, w13, slot, off, per_row=key.k, epilogue="swiglu", **_act(key), quant=ROWS, out="h"
+    )
+    down = b.grouped_linear(h, w2, off, slot, to=b.dtype, out="down")
     return (b.combine(down, None, kept, shared, out="y"),)
 
 
@@ -217,7 +212,7 @@ def grouped(b: Builder, key: Key) -> tuple[Value, ...]:
     if key.in_place:
         x = b.gather_rows(x, _slot(b, key, symbol("R")), per_row=1, out="xe")
     gate_up = b.grouped_linear(x, w13, off, out="gate_up")
-    return (b.grouped_linear(_activate(b, key, gate_up), w2, off, out="y"),)
+    return (b.grouped_linear(b.swiglu(gate_up, **_act(key), out="h"), w2, off, out="y"),)
 
 
 def grouped_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
@@ -227,11 +222,12 @@ def grouped_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
     slot = _slot(b, key, symbol("R")) if key.in_place else None
     xq, w13, w2 = _all_scaled(b, key, x, w13, w2)
     if slot is not None:
-        act = {"act": ACTIVATIONS[key.activation], "epilogue": "swiglu"}
-        h = b.gather_grouped_linear(xq, w13, slot, off, per_row=1, **act, quant=ROWS, out="h")
+        h = b.gather_grouped_linear(
+            xq, w13, slot, off, per_row=1, epilogue="swiglu", **_act(key), quant=ROWS, out="h"
+        )
     else:
         gate_up = b.grouped_linear(xq, w13, off, to=b.dtype, out="gate_up")
-        h = b.quant(_activate(b, key, gate_up), block=ROWS, out="h.q")
+        h = b.quant(b.swiglu(gate_up, **_act(key)), block=ROWS, out="h.q")
     return (b.grouped_linear(h, w2, off, to=b.dtype, out="y"),)
 
 
@@ -318,16 +314,9 @@ def _here(b: Builder, key: Key) -> tuple[Value, ...]:
     return kept, local, *b.sort_by_expert(local, experts=key.experts, out=("slot", "off"))
 
 
-def _activate(b: Builder, key: Key, gate_up: Value) -> Value:
-    act = ACTIVATIONS[key.activation]
-    if key.limit is None:
-        h: Value = b.swiglu(gate_up, act=act, out="h")
-        return h
-    gate, up = b.split(gate_up, sizes=(key.width // 2,) * 2, out=("gate", "up"))
-    gate = b.clamp(gate, lo=-math.inf, hi=key.limit, out="gate.clamped")
-    up = b.clamp(up, lo=-key.limit, hi=key.limit, out="up.clamped")
-    h = b.swiglu(gate, up, act=act, out="h")
-    return h
+def _act(key: Key) -> dict[str, Any]:
+    """The attributes of swiglu."""
+    return {"act": ACTIVATIONS[key.activation], "limit": key.limit}
 
 
 def _experts(b: Builder, key: Key, dtype: torch.dtype | None = None) -> tuple[Value, Value]:

@@ -45,10 +45,14 @@ SUMMED: dict[str, Callable[[], Op]] = {
 # More registers, more or less shared memory, few experts and many.
 OTHERS: dict[str, Callable[[], Op]] = {
     "gelu, f16": lambda: grouped_op("f16", 8, 14336, 4096, gather=True, per_row=2, act="gelu"),
+    "clamped, f16": lambda: grouped_op("f16", 8, 14336, 4096, gather=True, per_row=2, act="silu", limit=7.0),
     "no epilogue": lambda: grouped_op("bf16", 512, 2048, 7168, gather=True, per_row=8),
     "one expert": lambda: grouped_op("bf16", 1, 256, 256),
     "narrow": lambda: grouped_op("bf16", 60, 384, 64, scatter=True),
     "gelu, ue8m0": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="gelu", quant="ue8m0"),
+    "clamped, ue8m0": lambda: fp8_op(
+        256, 2048, 7168, gather=True, per_row=8, act="gelu", quant="ue8m0", limit=7.0
+    ),
     "kept in bf16": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="gelu_tanh"),
     "quantised, no epilogue": lambda: fp8_op(64, 2816, 2048, gather=True, per_row=6, quant="fp32"),
     "kept in f32": lambda: fp8_op(256, 7168, 2048, scatter=True, to="f32"),

@@ -63,6 +63,9 @@ V3 = {
 # Beside V3: what takes more registers. Masks for tails, gelu, rows in pieces of less than 16 bytes.
 HARD = {
     "gelu": lambda dtype: grouped_op(dtype, 256, 2048, 7168, gather=True, per_row=8, act="gelu"),
+    "gelu, clamped": lambda dtype: grouped_op(
+        dtype, 256, 2048, 7168, gather=True, per_row=8, act="gelu", limit=7.0
+    ),
     "no epilogue": lambda dtype: grouped_op(dtype, 64, 2816, 2048, gather=True, per_row=6),
     "tails": lambda dtype: grouped_op(dtype, 60, 75, 104, gather=True, per_row=6, act="gelu_tanh"),
     "tails, down": lambda dtype: grouped_op(dtype, 60, 104, 72),
@@ -90,6 +93,7 @@ V3_FP8 = {
 }
 HARD_FP8 = {
     "gelu, ue8m0": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="gelu", quant="ue8m0"),
+    "clamped": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="silu", quant="ue8m0", limit=7.0),
     "kept in bf16": lambda: fp8_op(256, 2048, 7168, gather=True, per_row=8, act="silu"),
     "no epilogue": lambda: fp8_op(64, 2816, 2048, gather=True, per_row=6),
     "a scale a row": lambda: fp8_op(

@@ -57,6 +57,7 @@ FLOATS = st.sampled_from(["bf16", "f16", "f32"])
     DEPTHS,
     FLOATS,
     st.sampled_from([None, "silu", "gelu", "gelu_tanh"]),
+    st.sampled_from([None, 0.5]),
     st.booleans(),
 )
 def test_gather_grouped_linear(
@@ -67,6 +68,7 @@ def test_gather_grouped_linear(
     depth: int,
     dtype: str,
     act: str | None,
+    limit: float | None,
     nan: bool,
 ) -> None:
     experts, k, ids = routing
@@ -75,7 +77,7 @@ def test_gather_grouped_linear(
     if nan and len(ids):
         x[0] = torch.nan
     w = normal(2, experts, columns * (2 if act else 1), depth, dtype=x.dtype) / depth**0.5
-    op = grouped_op(dtype, experts, columns, depth, gather=True, per_row=k, act=act)
+    op = grouped_op(dtype, experts, columns, depth, gather=True, per_row=k, act=act, limit=limit)
     found = call(op, source(op, target, [schedule]), FOLDER["kernels"], x, w, slot, off)
     close(found, type(op).reference(x, w, slot, off, **op.attrs))
 

@@ -199,6 +199,7 @@ def spoil(x: Scaled, w: Scaled, where: str) -> None:
     SCALES,
     st.sampled_from(["", "fp32", "ue8m0"]),
     st.sampled_from([None, "silu", "gelu", "gelu_tanh"]),
+    st.sampled_from([None, 0.5]),
     NANS,
 )
 def test_gather_grouped_linear(
@@ -210,6 +211,7 @@ def test_gather_grouped_linear(
     scales: tuple[str, str],
     quant: str,
     act: str | None,
+    limit: float | None,
     nan: str,
 ) -> None:
     experts, k, ids = routing
@@ -217,7 +219,8 @@ def test_gather_grouped_linear(
     x = scaled(1, len(ids), depth, block=scales[0])
     w = scaled(2, experts, columns * (2 if act else 1), depth, block=scales[1])
     spoil(x, w, nan)
-    op = fp8_op(experts, columns, depth, gather=True, per_row=k, act=act, scales=scales, quant=quant)
+    how = {"act": act, "limit": limit, "scales": scales, "quant": quant}
+    op = fp8_op(experts, columns, depth, gather=True, per_row=k, **how)
     if quant:
         schedule = replace(schedule, block_n=128)
     found = call(op, source(op, target, [schedule]), FOLDER["kernels"], x, w, slot, off)

@@ -43,16 +43,18 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 TWINS: dict[str, list[str]] = {}
 FEW_ROUTINGS = routings(most_tokens=40)
+EPILOGUES = st.sampled_from([(None, None), ("silu", None), ("silu", 0.5), ("gelu", None)])
 
 
-@given(FEW_ROUTINGS, st.sampled_from(["bf16", "f16"]), st.sampled_from([None, "silu", "gelu"]))
+@given(FEW_ROUTINGS, st.sampled_from(["bf16", "f16"]), EPILOGUES)
 @settings(max_examples=8)
-def test_gather_grouped_linear(routing: Any, dtype: str, act: str | None) -> None:
+def test_gather_grouped_linear(routing: Any, dtype: str, epilogue: tuple[str | None, float | None]) -> None:
+    act, limit = epilogue
     experts, k, ids = routing
     slot, off = SortByExpert.reference(ids, experts=experts)
     x = normal(1, len(ids), 64, dtype=DTYPES[dtype].torch)
     w = normal(2, experts, 128 * (2 if act else 1), 64, dtype=x.dtype) / 8
-    op = grouped_op(dtype, experts, 128, 64, gather=True, per_row=k, act=act)
+    op = grouped_op(dtype, experts, 128, 64, gather=True, per_row=k, act=act, limit=limit)
     found = call(op, gluon_source(op), FOLDER["kernels"], x, w, slot, off)
     close(found, type(op).reference(x, w, slot, off, **op.attrs))
     assert set(TWINS["names"]) <= {"gather_grouped_linear_twin"}
@@ -71,14 +73,17 @@ def test_grouped_linear(routing: Any, dtype: str, scatter: bool) -> None:
     close(found, type(op).reference(x, w, off, places))
 
 
-@given(FEW_ROUTINGS, st.sampled_from(["", "fp32", "ue8m0"]), st.sampled_from([None, "silu"]))
+@given(FEW_ROUTINGS, st.sampled_from(["", "fp32", "ue8m0"]), EPILOGUES)
 @settings(max_examples=6)
-def test_gather_grouped_linear_in_fp8(routing: Any, quant: str, act: str | None) -> None:
+def test_gather_grouped_linear_in_fp8(
+    routing: Any, quant: str, epilogue: tuple[str | None, float | None]
+) -> None:
+    act, limit = epilogue
     experts, k, ids = routing
     slot, off = SortByExpert.reference(ids, experts=experts)
     x = scaled(5, len(ids), 256, block="1x128")
     w = scaled(6, experts, 128 * (2 if act else 1), 256, block="128x128")
-    op = fp8_op(experts, 128, 256, gather=True, per_row=k, act=act, quant=quant)
+    op = fp8_op(experts, 128, 256, gather=True, per_row=k, act=act, limit=limit, quant=quant)
     found = call(op, gluon_source(op), FOLDER["kernels"], x, w, slot, off)
     expected = type(op).reference(x, w, slot, off, **op.attrs)
     if quant:

@@ -29,12 +29,13 @@ def grouped_op(
     gather: bool = False,
     per_row: int = 1,
     act: str | None = None,
+    limit: float | None = None,
     scatter: bool = False,
     scales: tuple[str, str] = ("", ""),
     quant: str = "",
     to: str = "bf16",
 ) -> Op:
-    """A grouped product with ``columns`` columns of output; ``act`` means a SwiGLU epilogue.
+    """A grouped product with ``columns`` columns of output; ``act``: a SwiGLU epilogue, clamped by ``limit``.
 
     ``scales``: the blocks of x and w in fp8 (``1x128``), whose result is ``to``, or with ``quant`` (``fp32``
     or ``ue8m0``) fp8 too.
@@ -50,6 +51,7 @@ def grouped_op(
     if gather:
         args += [f"%x: {dtype}[T,{depth}]{x_scale}", f"%slot: i32[{per_row}*T~{experts}]"]
         attrs += [f"per_row={per_row}", *([f"act={act}", "epilogue=swiglu"] if act else [])]
+        attrs += [f"limit={limit}"] if act and limit else []
         line = f"gather_grouped_linear(%x, %w, %slot, %off) {{{', '.join(attrs)}}}"
         type = f"{made}[{per_row}*T~{experts},{columns}]{'@s1x128' if quant else ''}"
     else:

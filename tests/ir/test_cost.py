@@ -156,6 +156,7 @@ def test_products_that_are_summed_in_one_go_still_move_there_and_back() -> None:
         ("%y = cast(%a) {to=f32} : f32[N,4]", "%a: bf16[N,4]", 4 * N, 24 * N),
         ("%y = zeros_like(%a) {dtype=f32} : f32[N,4]", "%a: bf16[N,4]", 0, 16 * N),
         ("%y = swiglu(%a) : bf16[N,4]", "%a: bf16[N,8]", 20 * N, 24 * N),
+        ("%y = swiglu(%a) {limit=7.0} : bf16[N,4]", "%a: bf16[N,8]", 28 * N, 24 * N),
         ("%y = rms_norm(%a, %w) {eps=0.1} : bf16[N,4]", "%a: bf16[N,4], %w: f32[4]", 16 * N, 16 * N + 16),
         # Only the rows that are looked up.
         ("%y = embedding(%i, %t) : bf16[N,4]", "%i: i64[N], %t: bf16[99999,4]", 0, 8 * N + 16 * N),

@@ -259,6 +259,12 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
         {0: "f8e4m3[8*N~256,64]@s1x32"},
         "%w is bf16[256,32,64], but %x has scales: both must, or neither",
     ),
+    ("gather_grouped_linear", {"limit": -1.0}, "limit is -1.0; it must be a positive number in float32"),
+    (
+        "gather_grouped_linear",
+        {"epilogue": "none", "act": "silu", "limit": 7.0},
+        "limit is 7.0, but no epilogue applies it",
+    ),
     ("gather_grouped_linear", {"scale": "ue8m0"}, "scale is ue8m0, but quant isn't given"),
     (
         "gather_grouped_linear",
@@ -505,6 +511,8 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("stack", {0: "bf16[4,5]"}, "%family is no family of parameters"),
     ("swiglu", {0: "bf16[N,63]"}, "%gate is bf16[N,63]: its last axis must be even"),
     ("swiglu", {0: "bf16[]"}, "%gate is bf16[], but needs an axis"),
+    ("swiglu", {"limit": 0.0}, "limit is 0.0; it must be a positive number in float32"),
+    ("swiglu", {"limit": 1e39}, "limit is 1e+39; it must be a positive number in float32"),
     ("swiglu", {1: "bf16[N,32]"}, "%gate is bf16[N~2,64] but %up is bf16[N,32]"),
     ("take_rows", {0: "bf16[]"}, "%x is bf16[], but needs an axis"),
     ("take_rows", {1: "f32[M]"}, "%rows is f32[M], not integers"),

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
 from moec.ir.types import bf16, f32
@@ -63,6 +65,16 @@ def test_swiglu(act: str, hf: str, dtype: torch.dtype) -> None:
     # With one operand the gate comes first: the other order differs.
     torch.testing.assert_close(reference("swiglu", torch.cat([gate, up], 1), None, act=act), found)
     assert not torch.allclose(reference("swiglu", torch.cat([up, gate], 1), None, act=act), found)
+
+
+@given(st.floats(width=16), st.floats(width=16), st.sampled_from([0.5, 3.0, 1e6]))
+def test_a_limit_clamps_first(gate: float, up: float, limit: float) -> None:
+    """As DeepSeek V4's experts do: of NaN and infinity what torch.clamp makes of them."""
+    gates, ups = torch.tensor([gate]).half(), torch.tensor([up]).half()
+    clamped = torch.nn.SiLU()(gates.double().clamp(max=limit)) * ups.double().clamp(min=-limit, max=limit)
+    found = reference("swiglu", gates, ups, act="silu", limit=limit)
+    torch.testing.assert_close(found, clamped.half(), equal_nan=True)
+    assert found.isnan().item() == (math.isnan(gate) or math.isnan(up) or gate == -math.inf)
 
 
 @F32_BF16

@@ -223,15 +223,15 @@ def test_grouped_linear_stores_rows_by_slot(case: tuple[torch.Tensor, int]) -> N
         torch.testing.assert_close(found[s], expected)
 
 
-@given(id_tables, of(["none", "silu", "gelu", "gelu_tanh"]))
-def test_gather_grouped_linear(case: tuple[torch.Tensor, int], act: str) -> None:
+@given(id_tables, of(["none", "silu", "gelu", "gelu_tanh"]), of([None, 0.5]))
+def test_gather_grouped_linear(case: tuple[torch.Tensor, int], act: str, limit: float | None) -> None:
     """Slot by slot against torch's modules: the expert's weights times the token that chose it."""
     id, experts = case
     tokens, k = id.shape
     torch.manual_seed(id.numel())
     x, w = torch.randn(tokens, 3), torch.randn(experts, 6, 3)
     slot, off = reference("sort_by_expert", id, experts=experts)
-    how = {} if act == "none" else {"epilogue": "swiglu", "act": act}
+    how = {} if act == "none" else {"epilogue": "swiglu", "act": act, "limit": limit}
     found = reference("gather_grouped_linear", x, w, slot, off, per_row=k, **how)
     activations = {"silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}
     for row, s in enumerate(slot.tolist()):
@@ -241,7 +241,10 @@ def test_gather_grouped_linear(case: tuple[torch.Tensor, int], act: str) -> None
             continue
         expected = w[expert] @ x[s // k]
         if act != "none":
-            expected = activations[act](expected[:3]) * expected[3:]
+            gate, up = expected[:3], expected[3:]
+            if limit is not None:
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            expected = activations[act](gate) * up
         torch.testing.assert_close(found[row], expected)
 
 

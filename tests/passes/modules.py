@@ -127,6 +127,7 @@ class MoE:
     fp8: bool = False  # expert and shared weights are stored in FP8 blocks
     router: bool = True  # else the ids and weights are arguments
     act: str = "silu"
+    limit: float | None = None
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     prefix: str = "mlp.experts"
 
@@ -172,10 +173,12 @@ class MoE:
             if not self.gated:
                 h = b.sigmoid(b.linear(rows, b.param(up, (I, H))))
             elif self.joined:
-                h = b.swiglu(b.linear(rows, b.param("gate_up.weight", (2 * I, H))), act=self.act)
+                h = b.swiglu(
+                    b.linear(rows, b.param("gate_up.weight", (2 * I, H))), act=self.act, limit=self.limit
+                )
             else:
                 g = b.linear(rows, b.param(gate, (I, H)), out="g")
-                h = b.swiglu(g, b.linear(rows, b.param(up, (I, H)), out="u"), act=self.act)
+                h = b.swiglu(g, b.linear(rows, b.param(up, (I, H)), out="u"), act=self.act, limit=self.limit)
             d = b.linear(h, b.param(down, (H, I)), out="d")
             return [b.scatter_add(y, d, slot, w, per_row=self.k)]
 
@@ -196,7 +199,9 @@ class MoE:
             return y
         with b.scope("mlp.shared"):
             g = b.linear(x, b.param(gate, (I, H)), out="sg")
-            h = b.swiglu(g, b.linear(x, b.param(up, (I, H)), out="su"), act=self.act, out="sh")
+            h = b.swiglu(
+                g, b.linear(x, b.param(up, (I, H)), out="su"), act=self.act, limit=self.limit, out="sh"
+            )
             return b.add(y, b.linear(h, b.param(down, (H, I)), out="s"), out="out")
 
     def _store_in_fp8(self, m: Module) -> None:
@@ -232,6 +237,7 @@ def moe_blocks(draw: Any, **fixed: Any) -> MoE:
         "gated": draw(st.booleans()),
         "fp8": draw(st.booleans()),
         "act": draw(st.sampled_from(["silu", "gelu", "gelu_tanh"])),
+        "limit": draw(st.sampled_from([None, 0.25])),
         "names": draw(
             st.sampled_from([("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("a", "b", "c")])
         ),

@@ -20,6 +20,18 @@ from tests.passes.modules import (
 
 COMBINE = "%r: f32[2*N~2,4], %s: i32[2*N], %w: f32[N,2]"
 
+
+NO_LIMIT = "gate is clamped to {}: that is no limit"
+
+
+def clamped(dtype: str, gate: str, up: str) -> list[str]:
+    return [
+        f"%a = clamp(%g) {{{gate}}} : {dtype}[N,4]",
+        f"%b = clamp(%u) {{{up}}} : {dtype}[N,4]",
+        f"%y = swiglu(%a, %b) : {dtype}[N,4]",
+    ]
+
+
 # rule: (arguments, lines, ops left), then near misses as (arguments, lines, why not).
 CASES: dict[str, tuple[tuple[str, list[str], str], list[tuple[str, list[str], str]]]] = {
     "cast-identity": (
@@ -210,6 +222,32 @@ CASES: dict[str, tuple[tuple[str, list[str], str], list[tuple[str, list[str], st
                 ],
                 "%a is used more than once, by cast and zeros_like and mul",
             ),
+        ],
+    ),
+    "swiglu-clamp": (
+        (
+            "%g: bf16[N,4], %u: bf16[N,4]",
+            [
+                "%a = clamp(%g) {hi=0.5, lo=-inf} : bf16[N,4]",
+                "%b = clamp(%u) {hi=0.5, lo=-0.5} : bf16[N,4]",
+                "%y = swiglu(%a, %b) {act=gelu} : bf16[N,4]",
+            ],
+            "swiglu",
+        ),
+        [
+            (
+                f"%g: {dtype}[N,4], %u: {dtype}[N,4]",
+                clamped(dtype, gate, up),
+                NO_LIMIT.format(reason) if "…" in reason else reason,
+            )
+            for dtype, gate, up, reason in (
+                ("f32", "hi=1.0, lo=-1.0", "hi=1.0, lo=-1.0", "-1.0 … 1.0, up to -1.0 … 1.0"),
+                ("f32", "hi=1.0, lo=-inf", "hi=1.0, lo=-2.0", "-inf … 1.0, up to -2.0 … 1.0"),
+                ("f32", "hi=1.0, lo=-inf", "hi=2.0, lo=-1.0", "-inf … 1.0, up to -1.0 … 2.0"),
+                ("f32", "hi=inf, lo=-inf", "hi=inf, lo=-inf", "inf is no positive number in float32"),
+                ("f32", "hi=-1.0, lo=-inf", "hi=1.0, lo=-1.0", "-inf … -1.0, up to -1.0 … 1.0"),
+                ("bf16", "hi=0.1, lo=-inf", "hi=0.1, lo=-0.1", "bf16 has no 0.1: clamp rounds it"),
+            )
         ],
     ),
     "combine-plus": (
