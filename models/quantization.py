@@ -19,10 +19,14 @@ from moec.ir.types import DTYPES, f32
 from moec.ir.weights import weights_of
 from moec.models.blocks.base import Declared
 
+SCALE_FORMATS = ("fp32", "ue8m0")
+
 
 @dataclass(frozen=True)
 class BlockFP8(Declared):
     """``X.weight`` in e4m3 beside ``X.weight_scale_inv`` fp32 [ceil(N/b0), ceil(K/b1)]: W = q × scale_inv.
+
+    ``scale_fmt``: fp32, or ue8m0, powers of two, stored in fp32 too; activations then get such as well.
 
     All linear weights are stored so, but the head's, those that a router's logits come from, and those of the
     modules in ``keep``: a name from the start, a name's end, or a regex.
@@ -30,6 +34,7 @@ class BlockFP8(Declared):
 
     block: tuple[int, int] = (128, 128)
     keep: tuple[str, ...] = ()
+    scale_fmt: str = "fp32"
 
     def __post_init__(self) -> None:
         self.as_tuple("block", "keep")
@@ -38,6 +43,7 @@ class BlockFP8(Declared):
         fits = isinstance(self.block, tuple) and len(self.block) == 2
         fits = fits and all(type(n) is int and 0 < n <= 2**20 for n in self.block)
         self.need(fits, f"block is two positive integers, not {self.block!r}")
+        self.need_one_of("scale_fmt", *SCALE_FORMATS)
         self.need(isinstance(self.keep, tuple), f"keep must be a tuple of texts, not {self.keep!r}")
         for pattern in self.keep:
             self.need_regex("keep", pattern)
@@ -101,6 +107,8 @@ def _dequantize(module: Module, body: str, param: Param, how: BlockFP8, dtype: D
     scale = load.param(f"{param.name}_scale_inv", TensorType(f32, blocks))
     name = param.name.removesuffix(".weight")
     short = name.rpartition(".")[2]
-    (pair,) = load.create(Scaled((q, scale), {"block": how.block}), (f"{short}.q",)).results
+    (pair,) = load.create(
+        Scaled((q, scale), {"block": how.block, "scale_fmt": how.scale_fmt}), (f"{short}.q",)
+    ).results
     (w,) = load.create(Dequant((pair,), {"to": dtype}), (name,)).results
     load.create(Bind((w,), {"param": param.name}))

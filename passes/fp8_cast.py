@@ -12,7 +12,9 @@
 
 A recipe says which products and which blocks (``fp8_recipes``). All products of one x share its ``quant``,
 and rows are quantised before they are gathered. A native fp8 checkpoint's weights are taken as they are
-stored, in its blocks whatever the recipe's, with no second rounding (``fp8_weights``).
+stored, in its blocks whatever the recipe's, with no second rounding (``fp8_weights``). Where its scales are
+powers of two (``scale_fmt=ue8m0`` of ``scaled``), so are those of what is multiplied by them, unless the
+recipe names a format.
 
 What stays as it is, whatever the recipe: the embedding, the head, the router's product (its scores choose
 experts), a product of a single column (a gate), norms, softmax and attention. Of a native checkpoint also the
@@ -37,8 +39,8 @@ from moec.ir.types import bf16, f16, f32, parse_block
 from moec.ir.weights import bindings, weights_name
 from moec.passes.cleanup import drop_dead_ops
 from moec.passes.fp8_cache import cast_caches
-from moec.passes.fp8_recipes import Options, Skips, without_fp8
-from moec.passes.fp8_weights import Quantiser, all_native, is_native
+from moec.passes.fp8_recipes import STORED, Options, Skips, without_fp8
+from moec.passes.fp8_weights import Quantiser, all_native, is_native, stored_formats
 from moec.passes.loading import (
     bind,
     bound_outside,
@@ -124,7 +126,8 @@ class FP8Cast(Pass):
         self.recipe = self.options.chosen
         self._skips = Skips(module, self.recipe.skip)
         self._skips.check()
-        self._native = any(op.name == "scaled" for f in module for op in f.ops_named("scaled"))
+        stored = [op for f in module for op in f.ops_named("scaled")]
+        self._native, self._formats = bool(stored), {op.attrs["scale_fmt"] for op in stored}
         if instead := without_fp8(module.target, self.recipe):
             warnings.warn(instead, stacklevel=2)
         gpu = GPUS.get(module.target)
@@ -199,7 +202,7 @@ class FP8Cast(Pass):
     def _cast(self, m: Match) -> Value:
         """The same product of quantised operands."""
         root, recipe = m.root, self.recipe
-        x = quantised(m, m["x"], parse_block(recipe.activations), recipe.scale)
+        x = quantised(m, m["x"], parse_block(recipe.activations), self._format(m, m["w"]))
         w = self._weight(m, m["w"])
         attrs = dict(root.attrs)
         key = "acc" if root.name == "linear" else "to"
@@ -210,10 +213,18 @@ class FP8Cast(Pass):
         (y,) = m.create(root.name, x, w, *root.operands[2:], **attrs).op.results
         return y
 
+    def _format(self, m: Match, w: Param) -> str:
+        """Of the scales of ``w``, where they are made here, and of what it is multiplied by."""
+        if self.recipe.scale != STORED:
+            return self.recipe.scale
+        value = self._loaded(m, w)
+        formats = stored_formats(value) if value is not None and is_native(value) else self._formats
+        return "ue8m0" if formats == {"ue8m0"} else "fp32"
+
     def _weight(self, m: Match, w: Param) -> Param:
         """The scaled parameter in place of ``w``."""
         module, holder = m.module, m.function
-        writer = Quantiser(module, holder, parse_block(self.recipe.weights), self.recipe.scale)
+        writer = Quantiser(module, holder, parse_block(self.recipe.weights), self._format(m, w))
         value = writer.scaled(loaded(module, holder, w))
         return bind(module, holder, value, fresh_name(module, holder, f"{w.name}.q"))
 

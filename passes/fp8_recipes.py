@@ -21,6 +21,8 @@ from moec.ir.weights import WEIGHTS, bindings
 CASTABLE = ("linear", "grouped_linear", "head_linear")
 # What it names where it says nothing.
 USUAL = ("linear", "grouped_linear")
+# What its ``scale`` may be, where it isn't one of the IR's formats: as a native checkpoint says.
+STORED = "stored"
 # What its ``kv`` may be.
 KV = ("off", "per-tensor", "packed")
 
@@ -31,7 +33,8 @@ class Recipe:
                  W_UK and W_UV of absorbed attention, only where it is named: its weights alone are cast
     activations  what of x shares a scale: 1x128 a row's tile, 1x* a row, *x* all
     weights      what of a weight shares a scale; native fp8 checkpoints keep their blocks
-    scale        fp32, or ue8m0: powers of two
+    scale        of what is quantised here: fp32, or ue8m0, powers of two; stored: as a native fp8 checkpoint
+                 says of its own (config.json's ``scale_fmt``), fp32 where there is none
     plain        weights that a native fp8 checkpoint stores plainly: keep them so, or cast them too
     skip         patterns of parameter names that stay as they are
     kv           the KV cache: off, per-tensor (e4m3 times ``kv_scale``), or packed (latents in e4m3 with a
@@ -42,7 +45,7 @@ class Recipe:
     ops: tuple[str, ...] = USUAL
     activations: str = "1x128"
     weights: str = "128x128"
-    scale: str = "fp32"
+    scale: str = STORED
     plain: str = "keep"
     skip: tuple[str, ...] = ()
     kv: str = "off"
@@ -109,8 +112,10 @@ class Options:
         if rows > 1:
             raise ValueError(f"activations={chosen.activations}: a block is of one row or of all")
         _block("weights", chosen.weights)
-        if not SCALE_FORMAT.check(chosen.scale):
-            raise ValueError(f"scale={chosen.scale}: it is {SCALE_FORMAT.name.replace('|', ' or ')}")
+        if chosen.scale != STORED and not SCALE_FORMAT.check(chosen.scale):
+            raise ValueError(
+                f"scale={chosen.scale}: it is {STORED}, {SCALE_FORMAT.name.replace('|', ' or ')}"
+            )
         if chosen.plain not in ("keep", "cast"):
             raise ValueError(f"plain={chosen.plain}: it is keep or cast")
         if "" in chosen.skip:

@@ -39,6 +39,18 @@ def all_native(value: Value) -> bool:
     return all(map(_native, parts(value)))
 
 
+def stored_formats(value: Value) -> set[str]:
+    """The formats of the scales that the native parts of ``value`` were stored with."""
+    return {_format(part) for part in parts(value) if _native(part)}
+
+
+def _format(value: Value) -> str:
+    """Of the scales that ``value`` was stored with: the op that reads them says it."""
+    while isinstance(value, OpResult) and value.op.name != "scaled":
+        value = _first(value.op)
+    return str(value.op.attrs["scale_fmt"]) if isinstance(value, OpResult) else "fp32"
+
+
 def _native(value: Value) -> bool:
     return isinstance(value, OpResult) and value.op.name == "dequant"
 

@@ -84,11 +84,17 @@ class Quant(Op, name="quant"):
 
 
 class Scaled(Op, name="scaled"):
-    """Two tensors of a checkpoint as one scaled value: ``W = q × scale_inv`` of native FP8 checkpoints."""
+    """Two tensors of a checkpoint as one scaled value: ``W = q × scale_inv`` of native FP8 checkpoints.
+
+    ``scale_fmt`` is what their config.json says of it: fp8-cast quantises what is multiplied by W alike.
+    """
 
     q = operand("[..., N, K] fp8")
     scale = operand("fp32, one number a block: [..., ceil(N/b0), ceil(K/b1)]")
     block = attr(BLOCK, doc="rows x columns that share a scale; edge blocks are partial")
+    scale_fmt = attr(
+        SCALE_FORMAT, "fp32", doc="ue8m0: scales are powers of two, as those of what q multiplies"
+    )
     y = result("[..., N, K] with scales")
 
     launches = 0
@@ -109,7 +115,9 @@ class Scaled(Op, name="scaled"):
         return Cost()
 
     @staticmethod
-    def reference(q: torch.Tensor, scale: torch.Tensor, *, block: tuple[int, ...]) -> ScaledTensor:
+    def reference(
+        q: torch.Tensor, scale: torch.Tensor, *, block: tuple[int, ...], scale_fmt: str = "fp32"
+    ) -> ScaledTensor:
         return ScaledTensor(q, scale, block)
 
 

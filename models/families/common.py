@@ -86,8 +86,12 @@ def _quantization(c: Config) -> BlockFP8 | None:
         raise q.contradiction(
             f"{q.path('weight_block_size')} must be two positive integers, not {list(block)}"
         )
-    q.allow("scale_fmt", [None, "ue8m0"], "this format of scales")  # ue8m0: powers of two, stored as fp32
-    how = BlockFP8((block[0], block[1]), keep=q.items("modules_to_not_convert", str))
+    said = q.allow("scale_fmt", [None, "float", "ue8m0"], "this format of scales")
+    how = BlockFP8(
+        (block[0], block[1]),
+        keep=q.items("modules_to_not_convert", str),
+        scale_fmt="ue8m0" if said == "ue8m0" else "fp32",
+    )
     q.finish()
     return how
 

@@ -13,8 +13,9 @@ gpt-oss, and others of their layouts:
 * transposed weights [E, H, 2·I] (gpt-oss): read through a view on the CPU; kernels on a GPU want them laid
   out the other way, which ``prepare(model)`` does once;
 * experts in fp8 (``FineGrainedFP8Config``, DeepSeek-V3's checkpoints): weights and their scales, of 128 x 128
-  blocks or one a matrix, in fp32 or powers of two, go to the fp8 kernels of ``fused_experts``, which quantise
-  activations 1 x 128. fp4, static activation scales, other blocks and other gates are refused.
+  blocks or one a matrix, in fp32 or powers of two (``scale_fmt="ue8m0"``), go to the fp8 kernels of
+  ``fused_experts``, which quantise activations 1 x 128, with powers of two where the weights have such. fp4,
+  static activation scales, other blocks and other gates are refused.
 
 Weights are used where they are, never copied. An index past the last expert, as expert parallelism marks
 another rank's, contributes nothing.

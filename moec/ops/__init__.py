@@ -145,8 +145,10 @@ def fused_experts(
     w13_scale     float32 or float8_e8m0fnu, makes w13 float8_e4m3fn: a weight is its value times the scale of
                   its block of 128 x 128 [E, ceil(2·I/128), ceil(H/128)], its row [E, 2·I, 1], its half (gate
                   or up) [E, 2, 1], refused where blocks have that shape too, or its expert [E, 1, 1]. Both
-                  products are of fp8 then: x and what lies between them get scales for blocks of 1 x 128
-    w2_scale      the same of w2, which has no halves
+                  products are of fp8 then: x and what lies between them get scales for blocks of 1 x 128.
+                  Of float8_e8m0fnu x's are powers of two as well, rounded up. Where a checkpoint says so
+                  (``"scale_fmt": "ue8m0"``, DeepSeek-V3.1) but stores them in float32, ``.to`` it is exact
+    w2_scale      the same of w2, which has no halves; its dtype decides for what lies between the products
     x_scale       float32: x is float8_e4m3fn already, and what has x's dtype is bfloat16. A scale is that of
                   1 x 128 values [T, ceil(H/128)], of a row [T, 1] or of all [1]
     batch_invariant  each product has one schedule whatever T is: a token's bits depend on that token alone.

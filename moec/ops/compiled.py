@@ -54,6 +54,7 @@ class Key:
     plus: torch.dtype | None = None
     first: int = 0
     blocks: tuple[tuple[int, int], ...] = ()  # of w13's and w2's scales, where they are fp8
+    formats: tuple[str, str] = ("fp32", "fp32")  # of w13's and w2's scales, and of what they multiply
     x_block: tuple[int, int] | None = None  # of x's scales, where it comes with such
     batch_invariant: bool = False
     router: tuple[tuple[str, Any], ...] = ()  # a route's attributes
@@ -191,16 +192,14 @@ def fused_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
     """(x, w13, w2, weights, ids[, shared], w13_scale, w2_scale[, x_scale]) -> y: the same, in fp8.
 
     With a router logits[, bias] in place of weights, ids.
-    What enters a product is quantised as DeepSeek-V3 does it, 1 x 128.
+    What enters a product is quantised as DeepSeek-V3 does it, 1 x 128, with scales as the weights'.
     """
     x = _argument(b, "x", "T", key.hidden, dtype=E4M3 if key.x_block else None)
     w13, w2 = _experts(b, key, E4M3)
     kept, slot, off = _choices(b, key)
     shared = _argument(b, "shared", "T", key.hidden, dtype=key.plus) if key.plus else None
     xq, w13, w2 = _all_scaled(b, key, x, w13, w2)
-    h = b.gather_grouped_linear(
-        xq, w13, slot, off, per_row=key.k, epilogue="swiglu", **_act(key), quant=ROWS, out="h"
-    )
+    h = b.gather_grouped_linear(xq, w13, slot, off, per_row=key.k, **_epilogue(key), out="h")
     down = b.grouped_linear(h, w2, off, slot, to=b.dtype, out="down")
     return (b.combine(down, None, kept, shared, out="y"),)
 
@@ -222,12 +221,10 @@ def grouped_fp8(b: Builder, key: Key) -> tuple[Value, ...]:
     slot = _slot(b, key, symbol("R")) if key.in_place else None
     xq, w13, w2 = _all_scaled(b, key, x, w13, w2)
     if slot is not None:
-        h = b.gather_grouped_linear(
-            xq, w13, slot, off, per_row=1, epilogue="swiglu", **_act(key), quant=ROWS, out="h"
-        )
+        h = b.gather_grouped_linear(xq, w13, slot, off, per_row=1, **_epilogue(key), out="h")
     else:
         gate_up = b.grouped_linear(xq, w13, off, to=b.dtype, out="gate_up")
-        h = b.quant(b.swiglu(gate_up, **_act(key)), block=ROWS, out="h.q")
+        h = b.quant(b.swiglu(gate_up, **_act(key)), block=ROWS, scale=key.formats[1], out="h.q")
     return (b.grouped_linear(h, w2, off, to=b.dtype, out="y"),)
 
 
@@ -319,6 +316,11 @@ def _act(key: Key) -> dict[str, Any]:
     return {"act": ACTIVATIONS[key.activation], "limit": key.limit}
 
 
+def _epilogue(key: Key) -> dict[str, Any]:
+    """Those of a product in fp8 with the activation and the quantisation behind it."""
+    return {"epilogue": "swiglu", **_act(key), "quant": ROWS, "scale": key.formats[1]}
+
+
 def _experts(b: Builder, key: Key, dtype: torch.dtype | None = None) -> tuple[Value, Value]:
     w13 = _argument(b, "w13", key.experts, key.width, key.hidden, dtype=dtype)
     return w13, _argument(b, "w2", key.experts, key.hidden, key.width // 2, dtype=dtype)
@@ -326,18 +328,18 @@ def _experts(b: Builder, key: Key, dtype: torch.dtype | None = None) -> tuple[Va
 
 def _all_scaled(b: Builder, key: Key, x: Value, w13: Value, w2: Value) -> tuple[Value, Value, Value]:
     """x, w13 and w2 with their scales, which are the last arguments; x is quantised here if it has none."""
-    blocks = zip((w13, w2), ("w13", "w2"), key.blocks, strict=True)
-    w13, w2 = (_scaled(b, w, name, block) for w, name, block in blocks)
+    weights = zip((w13, w2), ("w13", "w2"), key.blocks, key.formats, strict=True)
+    w13, w2 = (_scaled(b, *each) for each in weights)
     if key.x_block is None:
-        return b.quant(x, block=ROWS, out="x.q"), w13, w2
+        return b.quant(x, block=ROWS, scale=key.formats[0], out="x.q"), w13, w2
     return _scaled(b, x, "x", key.x_block), w13, w2
 
 
-def _scaled(b: Builder, q: Value, name: str, block: tuple[int, int]) -> Value:
+def _scaled(b: Builder, q: Value, name: str, block: tuple[int, int], scale_fmt: str = "fp32") -> Value:
     """``q`` with an argument for its scales."""
     shape = q.type.with_(scale=block).scale_shape  # type: ignore[union-attr]
     scale = b.function.add_argument(f"{name}_scale", TensorType(f32, shape))
-    value: Value = b.scaled(q, scale, block=block, out=f"{name}.q")
+    value: Value = b.scaled(q, scale, block=block, scale_fmt=scale_fmt, out=f"{name}.q")
     return value
 
 

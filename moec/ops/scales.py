@@ -11,7 +11,8 @@ from torch import Tensor
 from moec.errors import BadInput
 from moec.ops.inputs import E4M3, FLOATS, check_experts, describe
 
-OF_WEIGHTS = (torch.float32, torch.float8_e8m0fnu)  # the second holds powers of two
+# The second holds powers of two, which is what activations then get too.
+OF_WEIGHTS = {torch.float32: "fp32", torch.float8_e8m0fnu: "ue8m0"}
 Block: TypeAlias = tuple[int, int]
 
 
@@ -38,6 +39,7 @@ class Scales:
         self.weights = {"w13_scale": w13_scale, "w2_scale": w2_scale}
         weights = zip((w13, w2), self.weights.items(), strict=True)
         self.constants["blocks"] = tuple(scale_block(name, w, s) for w, (name, s) in weights)
+        self.constants["formats"] = tuple(OF_WEIGHTS[s.dtype] for s in self.weights.values())
         self.arguments = [aligned(s.to(torch.float32).contiguous()) for s in self.weights.values()]
         if x_scale is not None:
             self.constants["x_block"] = x_block(x, x_scale)

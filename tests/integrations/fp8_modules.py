@@ -20,12 +20,11 @@ SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 4, "nu
 
 
 def emulated(x: Tensor, w: Tensor, scale: Tensor, block: Any = None, *rest: Any, **named: Any) -> Tensor:
-    """``fp8_linear``: x quantised 1 x 128, its product with w's values times their scales."""
+    """``fp8_linear``: x quantised 1 x 128, as w's scales are, its product with w's values times them."""
     if block is None and scale.numel() == 2:  # a scale of gate, one of up
         scale = scale.repeat_interleave(w.shape[0] // 2, dim=0)
-    return (spread(*quantise(x, (1, 128))) @ spread(w, scale.double().view(-1, scale.shape[-1])).T).to(
-        x.dtype
-    )
+    quantised = quantise(x, (1, 128), scale.dtype == torch.float8_e8m0fnu)
+    return (spread(*quantised) @ spread(w, scale.double().view(-1, scale.shape[-1])).T).to(x.dtype)
 
 
 def experts(

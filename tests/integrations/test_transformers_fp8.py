@@ -45,6 +45,18 @@ def test_their_loop_over_experts_agrees(data: st.DataObject) -> None:
     assert ratio(found, wanted) > LEAST
 
 
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+def test_activations_have_scales_as_the_weights(scale_fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as in an emulation, but for a few that lie between two values of e4m3."""
+    layer, given = experts(scale_fmt=scale_fmt), inputs()
+    found = layer(*given)
+    layer.config._experts_implementation = "eager"
+    monkeypatch.setattr(theirs, "fp8_linear", emulated)
+    assert ratio(found, layer(*given)) > 40
+    monkeypatch.setattr(theirs, "fp8_linear", lambda x, w, s, *rest, **named: emulated(x, w, s.float()))
+    assert (ratio(found, layer(*given)) > 40) == (scale_fmt == "float")
+
+
 def test_they_run_as_one_fp8_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     forms, known = [], compiled.function
     monkeypatch.setattr("moec.ops.library.function", lambda key: forms.append(key.form) or known(key))

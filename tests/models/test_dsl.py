@@ -173,6 +173,8 @@ def test_a_contradiction_is_reported_where_the_block_is_made() -> None:
         (lambda: m.Model(16, 12, []), "layers is empty"),
         (lambda: m.Model(16, 12, [ATTN]), r"layers\[0\] must be a Decoder"),
         (lambda: m.Model(16, 12, [m.Decoder(ATTN, Mix())], dtype="int8"), "dtype is one of f32, bf16, f16"),
+        (lambda: m.SwiGLU(8, limit=0), "limit must be a finite number above 0, not 0"),
+        (lambda: m.Experts(8, 4, limit="7"), "limit must be a finite number above 0, not '7'"),
         (lambda: m.BlockFP8((128,)), "block is two positive integers"),
     ],
 )

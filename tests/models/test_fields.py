@@ -99,6 +99,7 @@ def test_a_strange_value_is_refused_at_the_users_line_or_compiles(
         (lambda: m.Llama3RoPE(low=4.0, high=4.0), "low is 4.0, not below high"),
         (lambda: m.Experts(4, 8, weights=("a", "a", "b")), "weights names three projections"),
         (lambda: m.BlockFP8((8, 8), keep=(3,)), "keep must hold texts, not 3"),
+        (lambda: m.BlockFP8((8, 8), scale_fmt="e8m0"), "scale_fmt is one of fp32, ue8m0, not 'e8m0'"),
         (lambda: m.BlockFP8(8), "block is two positive integers, not 8"),
     ],
 )

@@ -188,6 +188,11 @@ def test_native_fp8(read: Read) -> None:
         (16, 32), ("lm_head", "q_proj")
     )
     assert read("llama-tiny").quantization is None
+    for said, meant in (("ue8m0", "ue8m0"), ("float", "fp32"), (None, "fp32")):
+        how = read("llama-tiny", quantization_config=fp8 | {"scale_fmt": said}).quantization
+        assert how is not None and how.scale_fmt == meant
+    with pytest.raises(UnsupportedModel, match="scale_fmt is 'e8m7': this format of scales"):
+        read("llama-tiny", quantization_config=fp8 | {"scale_fmt": "e8m7"})
     some = fp8 | {"modules_to_not_convert": ["model.layers.1.mlp"]}
     with pytest.raises(UnsupportedModel, match="quantised in some layers and plain in others"):
         m.lower(read("llama-tiny", quantization_config=some))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.moec.experts import Layer, layer
+from tests.moec.experts import Layer, expert, layer
 
 E4M3 = torch.float8_e4m3fn
 BLOCKS = ((128, 128), (1, 0), (0, 0))  # rows x columns of a matrix that share a scale; 0: all
@@ -53,7 +54,7 @@ class FP8Layer:
         )
 
 
-def quantise(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, block: tuple[int, int], ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """x [..., N, K] in e4m3, and the scales of blocks of its last two axes, by loops over the blocks."""
     rows, columns = (size or x.shape[axis] for size, axis in zip(block, (-2, -1), strict=True))
     q = torch.empty(x.shape, dtype=E4M3, device=x.device)
@@ -64,6 +65,7 @@ def quantise(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
             here = ..., slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
             part = x[here].float()
             s = part.abs().amax((-2, -1)).clamp(min=1e-4) / 448
+            s = 2.0 ** s.double().log2().ceil() if ue8m0 else s
             q[here] = (part / s[..., None, None]).clamp(-448, 448).to(E4M3)
             scale[..., i, j] = s
     return q, scale
@@ -75,7 +77,23 @@ def spread(q: Tensor, scale: Tensor) -> Tensor:
         size = 128 if scale.shape[axis] == -(-q.shape[axis] // 128) and scale.shape[axis] > 1 else None
         each = size or (1 if scale.shape[axis] == q.shape[axis] else q.shape[axis])
         scale = scale.repeat_interleave(each, dim=axis).narrow(axis, 0, q.shape[axis])
-    return q.double() * scale
+    return q.double() * scale.double()
+
+
+def rounded(one: FP8Layer, formats: tuple[bool, bool], **how: Any) -> Tensor:
+    """y in double precision, but for x and what lies between the products: both in e4m3, 1 x 128.
+
+    ``formats``: whether the scales of the one and of the other are powers of two.
+    """
+    meant, between = one.meant(), formats[1]
+    x = spread(*quantise(one.x, (1, 128), formats[0])) if one.x_scale is None else meant.x
+    y = torch.zeros(x.shape, dtype=torch.float64)
+    for t, choices in enumerate(one.ids.tolist()):
+        for j, e in enumerate(choices):
+            h = expert(x[t], meant.w13[e], torch.eye(meant.w2.shape[2]), **how)
+            h = spread(*quantise(h[None].float(), (1, 128), between))[0]
+            y[t] += one.weights[t, j].double() * (meant.w2[e] @ h)
+    return y
 
 
 def fp8_layer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -15,9 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import BadInput, DeviceUnavailable
-from moec.ops import compiled, fused_experts, grouped_experts, scales
+from moec.ops import compiled, fused_experts, grouped_experts, route, routed_experts, scales
 from tests.moec.experts import ACTS, Layer, expert, layer, loop
-from tests.moec.fp8_experts import BLOCKS, E4M3, LEAST, X_BLOCKS, FP8Layer, fp8_layer, quantise, ratio, spread
+from tests.moec.fp8_experts import (
+    BLOCKS,
+    E4M3,
+    LEAST,
+    X_BLOCKS,
+    FP8Layer,
+    fp8_layer,
+    quantise,
+    ratio,
+    rounded,
+    spread,
+)
 
 
 @given(st.data())
@@ -139,12 +151,48 @@ def test_a_scale_for_gate_and_one_for_up() -> None:
     assert ratio(fused_experts(*one.args, **one.scales), loop(meant)) > LEAST
 
 
-def test_scales_that_are_powers_of_two() -> None:
-    one = fp8_layer()
-    rounded = {name: s.log2().ceil().exp2() for name, s in one.scales.items()}
-    wanted = fused_experts(*one.args, **rounded)
-    given = {name: s.to(torch.float8_e8m0fnu) for name, s in rounded.items()}
-    assert torch.equal(fused_experts(*one.args, **given), wanted)
+# Where the products' operands are the very same but for a few that lie between two values of e4m3.
+ALIKE = 40.0
+
+
+def powers_of_two(one: FP8Layer, which: tuple[bool, bool]) -> None:
+    """Makes such of the scales of w13, of w2, in the dtype that says so; no value changes by that."""
+    for name, power in zip(("w13", "w2"), which, strict=True):
+        q, scale = quantise(spread(getattr(one, name), getattr(one, f"{name}_scale")), (128, 128), True)
+        setattr(one, name, q)
+        setattr(one, f"{name}_scale", scale.to(torch.float8_e8m0fnu) if power else scale)
+
+
+@pytest.mark.parametrize("form", ["fused", "routed", "grouped"])
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_what_is_multiplied_by_powers_of_two_has_such_scales(form: str, limit: float | None) -> None:
+    """Each weight's dtype decides for what it multiplies; in fp32 the same powers of two decide nothing."""
+    found: dict[tuple[bool, bool], torch.Tensor] = {}
+    wanted: dict[tuple[bool, bool], torch.Tensor] = {}
+    for which in itertools.product((False, True), repeat=2):
+        one, how = fp8_layer(tokens=12, width=200), {"limit": limit}
+        powers_of_two(one, which)
+        if form == "routed":
+            logits = torch.randn(12, 4, generator=torch.Generator().manual_seed(3))
+            router: dict[str, Any] = {"k": 2, "score": "softmax", "renorm": True}
+            one.weights, one.ids = route(logits, **router)
+            y = routed_experts(one.x, logits, one.w13, one.w2, **router, **one.scales, **how)
+        elif form == "grouped":
+            one.ids, one.weights = torch.arange(4).repeat_interleave(3)[:, None], torch.ones(12, 1)
+            y = grouped_experts(one.x, torch.tensor([0, 3, 6, 9, 12]), one.w13, one.w2, **one.scales, **how)
+        else:
+            y = fused_experts(*one.args, **one.scales, **how)
+        found[which], wanted[which] = y, rounded(one, which, **how)
+    for which, y in found.items():
+        assert ratio(y, wanted.pop(which)) > ALIKE
+        assert all(ratio(y, found[other]) < ALIKE - 5 for other in found if other != which)
+
+
+def test_the_dtype_of_w2_s_scale_decides_alone_where_x_has_scales() -> None:
+    for which in ((True, True), (True, False)):
+        one = fp8_layer(scaled_x=True)
+        powers_of_two(one, which)
+        assert ratio(fused_experts(*one.args, **one.scales), rounded(one, which)) > ALIKE
 
 
 def test_kernels_get_contiguous_scales(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +243,7 @@ import torch
 from moec.ops import compiled, fused_experts, grouped_experts
 from tests.codegen import interpreter_casts
 from tests.moec.experts import loop
-from tests.moec.fp8_experts import LEAST, fp8_layer, ratio
+from tests.moec.fp8_experts import LEAST, fp8_layer, ratio, rounded
 
 interpreter_casts.install()
 for block, x_block in (((128, 128), (1, 0)), ((1, 0), (0, 0)), ((0, 0), (1, 128))):
@@ -205,6 +253,13 @@ for block, x_block in (((128, 128), (1, 0)), ((1, 0), (0, 0)), ((0, 0), (1, 128)
     y = grouped_experts(one.x, off, one.w13, one.w2, **one.scales)
     one.ids, one.weights = torch.tensor([[0], [0], [2], [2], [-1]]), torch.ones(5, 1)
     assert ratio(y, loop(one.meant())) > LEAST
+one = fp8_layer(tokens=5)
+one.w13_scale, one.w2_scale = (s.log2().ceil().exp2() for s in (one.w13_scale, one.w2_scale))
+power = {name: s.to(torch.float8_e8m0fnu) for name, s in one.scales.items()}
+for limit in (None, 0.5):
+    assert ratio(fused_experts(*one.args, **power, limit=limit), rounded(one, (True, True), limit=limit)) > 40
+    y = fused_experts(*one.args, **one.scales, limit=limit)
+    assert ratio(y, rounded(one, (False, False), limit=limit)) > 40
 assert {key.target for key in compiled._functions} == {compiled.INTERPRETED}
 """
 

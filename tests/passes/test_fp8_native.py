@@ -12,7 +12,7 @@ from moec.errors import ToleranceExceeded
 from moec.ir import Interpreter, Module, Op, parse_module, print_module
 from moec.models import lower, preset
 from moec.models.quantization import BlockFP8
-from moec.passes import Oracle, parse_pipeline
+from moec.passes import Oracle, parse_pipeline, pipeline
 from moec.passes.manager import PassManager
 from tests.passes.fp8_layer import CUT, GROUP, bound, same_bits
 from tests.passes.modules import (
@@ -173,3 +173,71 @@ def test_weights_of_heads_are_cast_only_where_the_recipe_names_them() -> None:
     run("canonicalise,mla-absorb,fp8-cast", m)
     text = print_module(m)
     assert "kv_b_proj.w_uk)" in text and "w_uk.q" not in text
+
+
+POWERS = CUT.replace("{block=4x4}", "{block=4x4, scale_fmt=ue8m0}")
+
+
+def quants(m: Module) -> dict[str, str]:
+    """The format of the scales of what each product multiplies, by the product's name."""
+    return {op.results[0].text: op.operands[0].op.attrs["scale"] for op in m["forward"].ops_named("linear")}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "formats"),
+    [
+        (CUT, "plain=cast", ("fp32", "fp32", "fp32")),
+        (POWERS, "plain=cast", ("ue8m0", "ue8m0", "ue8m0")),  # a plain weight as the checkpoint's others
+        (POWERS, "plain=cast,scale=fp32", ("fp32", "fp32", "fp32")),
+        (CUT, "plain=cast,scale=ue8m0", ("ue8m0", "ue8m0", "ue8m0")),
+        (CUT, "plain=cast,recipe=deepseek-v3.1", ("ue8m0", "ue8m0", "ue8m0")),
+        (POWERS, "plain=cast,block=4,recipe=per-row", ("ue8m0", "ue8m0", "ue8m0")),
+    ],
+)
+def test_a_checkpoint_s_scales_decide_for_what_they_multiply(
+    text: str, options: str, formats: tuple[str, ...]
+) -> None:
+    m = parse_module(text)
+    run(f"fp8-cast{{{options}}}", m)
+    assert quants(m) == dict(zip(("%ya", "%yb", "%yc"), formats, strict=True))
+    made = {op.attrs["scale"] for op in m["weights"].ops_named("quant")}
+    assert made == {formats[2]}
+
+
+def test_two_formats_in_one_checkpoint() -> None:
+    """Each product by its own weight; where one is made of both, or of none of them, fp32."""
+    text = POWERS.replace("$c.plain: f32[6,8]", "$c.w: f8e4m3[6,8]\n  param $c.s: f32[2,2]").replace(
+        "bind($c.plain)",
+        "%c.q = scaled($c.w, $c.s) {block=4x4} : f8e4m3[6,8]@s4x4\n"
+        "  %c = dequant(%c.q) {to=f32} : f32[6,8]\n  bind(%c)",
+    )
+    m = parse_module(text)
+    run("fp8-cast", m)
+    assert quants(m) == {"%ya": "ue8m0", "%yb": "ue8m0", "%yc": "fp32"}
+    joined = "%b = concat(%b.0, %c) {axis=0} : f32[12,8]\n  bind(%b)"
+    text = text.replace("  %b = reshape", "  %b.0 = reshape").replace("  bind(%b) {param=b}\n", "")
+    text = text.replace("  bind(%c) {param=c}", f"  bind(%c) {{param=c}}\n  {joined} {{param=b}}")
+    text = text.replace("param $b: f32[6,8]", "param $b: f32[12,8]")
+    text = text.replace("%yb = linear(%x, $b) : f32[N,6]", "%yb = linear(%x, $b) : f32[N,12]")
+    m = parse_module(text.replace("-> (f32[N,6], f32[N,6],", "-> (f32[N,6], f32[N,12],"))
+    run("fp8-cast", m)
+    assert quants(m) == {"%ya": "ue8m0", "%yb": "fp32", "%yc": "fp32"}
+
+
+@pytest.mark.parametrize("scale_fmt", ["fp32", "ue8m0"])
+@pytest.mark.parametrize("target", ["cpu", "sm_90a"])
+def test_every_quantisation_of_a_model_is_as_its_checkpoint_says(target: str, scale_fmt: str) -> None:
+    """Behind norms and in the products' epilogues too; and it computes what the interpreter says."""
+    spec = replace(preset("deepseek-v3-tiny"), quantization=BlockFP8((8, 8), scale_fmt=scale_fmt))
+    m = lower(spec)
+    m.target = target
+    PassManager(pipeline(2, target, fp8="block=8")).run(m)
+    found = {
+        (op.name, op.attrs["scale"])
+        for f in m
+        for op in f.ops
+        if op.name == "quant" or op.attrs.get("quant") is not None
+    }
+    assert {format for _, format in found} == {scale_fmt}
+    fused = {"add_rms_norm", "rms_norm", "gather_grouped_linear"} if target == "sm_90a" else set()
+    assert fused | {"quant"} <= {name for name, _ in found}

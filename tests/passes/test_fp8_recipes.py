@@ -27,7 +27,7 @@ from tests.passes.modules import (
         ("activations=128x128", "activations=128x128: a block is of one row or of all"),
         ("weights=128", "weights=128: a block is rows x columns, as 1x128"),
         ("weights=0x128", "weights=0x128: a block is rows x columns, as 1x128"),
-        ("scale=e8m0", "scale=e8m0: it is fp32 or ue8m0"),
+        ("scale=e8m0", "scale=e8m0: it is stored, fp32 or ue8m0"),
         ("plain=no", "plain=no: it is keep or cast"),
         ("block=0", "block is 0; it must be 1 or more"),
         ("blck=64", "no option is called 'blck'; did you mean block"),

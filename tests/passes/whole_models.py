@@ -163,7 +163,9 @@ def own_experts(draw: Draw) -> OwnExperts:
 
 @st.composite
 def decoders(draw: Draw) -> models.Decoder:
-    dense = st.builds(models.SwiGLU, _of([1, 5, 8]), _of(["silu", "gelu_tanh"]), _flag)
+    dense = st.builds(
+        models.SwiGLU, _of([1, 5, 8]), _of(["silu", "gelu_tanh"]), _flag, limit=_of([None, 0.5])
+    )
     return models.Decoder(
         attn=draw(st.one_of(mla(), mla(), gqa(), gqa(), st.just(OwnMix()))),
         mlp=draw(st.one_of(moe(), moe(), moe(), dense, own_experts())),
@@ -179,7 +181,9 @@ def whole_models(draw: Draw, dtype: str = "f32") -> models.Model:
     fp8 = None
     if draw(_of([True, False, False])):
         keep = draw(_of([(), (r".*self_attn\.",)]))
-        fp8 = models.BlockFP8((draw(_of([1, 2, 3, 5])), draw(_of([1, 2, 3, 4]))), keep)
+        fp8 = models.BlockFP8(
+            (draw(_of([1, 2, 3, 5])), draw(_of([1, 2, 3, 4]))), keep, draw(_of(["fp32", "ue8m0"]))
+        )
     return models.Model(
         vocab=VOCAB,
         hidden=draw(_of([1, 6, 8, 9])),
