@@ -17,12 +17,12 @@ from functools import lru_cache
 from statistics import median
 
 from moec.codegen.constants import ASSUMED, Constants
+from moec.codegen.ladders import Ladder
 from moec.codegen.schedules import Problem, Schedule
 from moec.codegen.select import ROWS, eligible, explain, ladder, least_loss
 from moec.codegen.tuned import Tuning
 from moec.ir.devices import GPU, GPUS
 
-Ladder = list[tuple[float, Schedule]]
 Seconds = dict[float, dict[Schedule, float]]
 # A measured number of rows stands for those between half and twice of it.
 STANDS_FOR = 2.0
@@ -32,11 +32,13 @@ STANDS_FOR = 2.0
 class Choosing:
     """``batch_invariant``: one schedule whatever M is, so that the bits of a row depend on that row alone.
 
-    ``tuning``: measurements of a device; they play no part for another target.
+    ``tuning``: measurements of a device; they play no part for another target. ``kernels``: the family whose
+    records go first wherever they can (``codegen/kernels``).
     """
 
     batch_invariant: bool = False
     tuning: Tuning | None = None
+    kernels: str | None = None
 
 
 _choosing: ContextVar[Choosing] = ContextVar("choosing", default=Choosing())  # noqa: B039  # it is frozen
@@ -56,13 +58,17 @@ def choose_by(how: Choosing) -> Iterator[None]:
         _choosing.reset(token)
 
 
-def pick(problem: Problem, device: GPU) -> Ladder:
-    """(rows an expert below which, schedule), as ``select.ladder`` gives it."""
-    if not choosing().batch_invariant and not measured(problem, device):
-        return ladder(problem, device, _constants(device, choosing()))
+def pick(problem: Problem, device: GPU, specialised: bool = False) -> Ladder:
+    """(rows an expert below which, schedule), as ``select.ladder`` gives it.
+
+    ``specialised``: with schedules of warps that have tasks of their own, where these were measured fastest.
+    """
+    how = choosing()
+    if not how.batch_invariant and not measured(problem, device):
+        return ladder(problem, device, _constants(device, how))
     if GPUS.get(device.name) is device:
-        return list(_pick_for_target(problem, device.name, choosing()))
-    return _pick(problem, device, choosing())
+        return list(_pick_for_target(problem, device.name, how, specialised))
+    return _pick(problem, device, how, specialised)
 
 
 def measured(
@@ -81,7 +87,7 @@ def prices(problem: Problem, device: GPU) -> list[tuple[float, float]]:
     how = choosing()
     seconds = _seconds(problem, device, how, every=True)
     one = _one_for_all(seconds)
-    rungs = _pick(problem, device, Choosing(tuning=how.tuning))
+    rungs = _pick(problem, device, Choosing(tuning=how.tuning), specialised=True)
     return [
         (rows, known[one] / known[next(s for below, s in rungs if rows < below)])
         for rows, known in seconds.items()
@@ -89,15 +95,15 @@ def prices(problem: Problem, device: GPU) -> list[tuple[float, float]]:
 
 
 @lru_cache(maxsize=4096)
-def _pick_for_target(problem: Problem, target: str, how: Choosing) -> Ladder:
-    return _pick(problem, GPUS[target], how)
+def _pick_for_target(problem: Problem, target: str, how: Choosing, specialised: bool) -> Ladder:
+    return _pick(problem, GPUS[target], how, specialised)
 
 
-def _pick(problem: Problem, device: GPU, how: Choosing) -> Ladder:
+def _pick(problem: Problem, device: GPU, how: Choosing, specialised: bool) -> Ladder:
     if how.batch_invariant:
         return [(math.inf, _one_for_all(_seconds(problem, device, how, every=True)))]
     if measured(problem, device, how):
-        return least_loss(_seconds(problem, device, how))
+        return least_loss(_seconds(problem, device, how, specialised=specialised))
     return ladder(problem, device, _constants(device, how))
 
 
@@ -106,11 +112,13 @@ def _constants(device: GPU, how: Choosing) -> Constants:
     return fitted or ASSUMED
 
 
-def _seconds(problem: Problem, device: GPU, how: Choosing, every: bool = False) -> Seconds:
+def _seconds(
+    problem: Problem, device: GPU, how: Choosing, every: bool = False, specialised: bool = False
+) -> Seconds:
     """Seconds of schedules by rows an expert, ascending: measured ones, elsewhere the model's.
 
     ``every``: schedules that weren't measured at a number of rows get the model's seconds there too, times
-    what measurements are of these.
+    what measurements are of these. Of ``specialised`` ones there are the measured seconds alone.
     """
     found: Seconds = {}
     known = measured(problem, device, how)
@@ -119,8 +127,9 @@ def _seconds(problem: Problem, device: GPU, how: Choosing, every: bool = False) 
             continue
         near = min(known, key=lambda r: abs(math.log(r / rows)), default=math.inf)
         close = 1 / STANDS_FOR <= rows / near <= STANDS_FOR
-        if close and not every:
-            usable = {s: t for s, t in known[near].items() if eligible(s, problem, device, rows)}
+        usable = {s: t for s, t in known[near].items() if eligible(s, problem, device, rows)} if close else {}
+        if not every:
+            usable = {s: t for s, t in usable.items() if specialised or s.form != "specialised"}
             if usable:
                 found[rows] = usable
                 continue
@@ -128,9 +137,11 @@ def _seconds(problem: Problem, device: GPU, how: Choosing, every: bool = False) 
         model = {
             c.schedule: c.seconds for c in choices if every or eligible(c.schedule, problem, device, rows)
         }
-        if close:
-            factor = median(seconds / model[s] for s, seconds in known[near].items())
+        if close and (ratios := [t / model[s] for s, t in known[near].items() if s in model]):
+            factor = median(ratios)
             model = {s: known[near].get(s, seconds * factor) for s, seconds in model.items()}
+        if every:
+            model |= {s: t for s, t in usable.items() if s.form == "specialised"}
         found[rows] = model
     return found
 
@@ -138,10 +149,11 @@ def _seconds(problem: Problem, device: GPU, how: Choosing, every: bool = False) 
 def _one_for_all(seconds: Seconds) -> Schedule:
     """The schedule that loses least over all rows, Σ log(seconds / least seconds).
 
-    None that splits K: with many rows the parts' sums would fill the memory.
+    None that splits K: with many rows the parts' sums would fill the memory. None of warps with tasks of
+    their own: it has no seconds but where it was measured.
     """
     best = {rows: min(known.values()) for rows, known in seconds.items()}
-    schedules = [s for s in next(iter(seconds.values())) if s.split == 1]
+    schedules = [s for s in next(iter(seconds.values())) if s.split == 1 and s.form != "specialised"]
     return min(
         schedules, key=lambda s: sum(math.log(known[s] / best[rows]) for rows, known in seconds.items())
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from moec.codegen.choosing import pick, prices
 from moec.codegen.kernels import select
-from moec.codegen.kernels.triton import TritonKernel
+from moec.codegen.kernels.triton import GluonKernel, TritonKernel
 from moec.codegen.schedules import Problem
 from moec.ir.devices import GPUS
 from moec.ir.graph import Module
@@ -48,7 +48,9 @@ def report(module: Module, target: str) -> dict[str, Any]:
         record = select(op, target)
         if not (record.row_by_row or op.name in EXACT or (op.name in POINTWISE and target in GPUS)):
             kernels.setdefault(record.name, set()).add(op.name)
-        if isinstance(record, TritonKernel) and record.problem is not None:
+        # What warps with tasks of their own take, which an op has by name here, no model says.
+        gluon = isinstance(record, GluonKernel)
+        if isinstance(record, TritonKernel) and record.problem is not None and not gluon:
             found = products.setdefault(record.problem(op), [])
             found += [op.name] * (op.name not in found)
     return {

@@ -2,7 +2,8 @@
 
 A product's tile is ``block_m`` rows of one expert by ``block_n`` of its output columns, in steps of
 ``block_k``. ``rows`` puts the rows on the matrix unit's M side, ``swapped`` the weights': Hopper's unit wants
-64 there or falls back to the slow path, and few experts have 64 rows while decoding.
+64 there or falls back to the slow path, and few experts have 64 rows while decoding. ``specialised`` is
+``rows`` by warps that have tasks of their own (specialised.py).
 
 The bounds below keep the space to schedules that compile without register spills. They were found by
 compiling ahead of time (Triton 3.6.0) and reading the SASS; tests/codegen repeats that for sm_90a.
@@ -10,8 +11,6 @@ compiling ahead of time (Triton 3.6.0) and reading the SASS; tests/codegen repea
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -19,7 +18,7 @@ from typing import Literal
 
 from moec.ir.devices import GPU, GPUS
 
-Form = Literal["rows", "swapped"]
+Form = Literal["rows", "swapped", "specialised"]
 # fp32 sums a thread may hold: with more, addresses and operands no longer fit into 255 registers.
 MOST_SUMS = 128
 # Into how many parts K may be split, and the fewest steps of a part: with fewer its pipeline hardly fills.
@@ -35,6 +34,7 @@ class Schedule:
 
     ``split``: so many programs share a tile's K; the last of them to end adds their sums, in order.
     ``persistent``: as many programs as the device holds at once, each of which takes tile after tile.
+    Of ``specialised`` ones ``warps`` are those that multiply, and ``stages`` those of their ring.
     """
 
     form: Form
@@ -51,7 +51,9 @@ class Schedule:
 
     @property
     def function(self) -> str:
-        """Schedules of equal ones are variants of one Triton function."""
+        """Schedules of equal ones are variants of one function."""
+        if self.form == "specialised":
+            return self.form
         return self.form + "_split" * (self.split > 1) + "_persistent" * self.persistent
 
     @property
@@ -70,9 +72,11 @@ class Schedule:
 class Problem:
     """A grouped product: R rows times w[e]ᵀ, [columns, depth] an expert; two such where SwiGLU follows.
 
-    ``dtype`` is the IR's short name, ``itemsize`` its bytes; fp8 comes with scales, and leaves as 16 bits or,
-    where it's ``quantised``, as fp8. ``gathered``: rows are read by index. ``column_scales``: in each step
-    along K the columns of a tile have scales of their own.
+    ``dtype`` is the IR's short name, ``itemsize`` its bytes. A value of the result has ``result`` bytes: by
+    default as many, and of fp8, which comes with scales, 2 where it isn't ``quantised``. ``gathered``: rows
+    are read by index. ``dense``: all rows are multiplied by one matrix, and no expert is looked for.
+    ``block_scales``: 1x128 of x and 128x128 of w. ``column_scales``: in each step along K the columns of a
+    tile have scales of their own.
     """
 
     experts: int
@@ -84,13 +88,26 @@ class Problem:
     gathered: bool = False
     quantised: bool = False
     column_scales: bool = False
+    block_scales: bool = False
+    dense: bool = False
+    result: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "result", self.result or self._usual_result)
+
+    @property
+    def _usual_result(self) -> int:
+        return 2 if self.fp8 and not self.quantised else self.itemsize
 
     @property
     def text(self) -> str:
         """``256 x [2 x 2048, 7168] bf16``: experts, matrices, columns, depth."""
         columns = f"{self.matrices} x {self.columns}" if self.matrices > 1 else str(self.columns)
         made = ", gathered" * self.gathered + ", quantised" * self.quantised
-        return f"{self.experts} x [{columns}, {self.depth}] {self.dtype}{made}"
+        made += f", results of {self.result} bytes" * (self.result != self._usual_result)
+        experts = "" if self.dense else f"{self.experts} x "
+        blocks = "@s128x128" * self.block_scales
+        return f"{experts}[{columns}, {self.depth}] {self.dtype}{blocks}{made}"
 
     @property
     def whole_rows(self) -> bool:
@@ -104,13 +121,12 @@ class Problem:
     @property
     def bytes_per_row(self) -> int:
         """Of x and of the result."""
-        result = 2 if self.fp8 and not self.quantised else self.itemsize
-        return self.depth * self.itemsize + self.columns * result
+        return self.depth * self.itemsize + self.columns * self.result
 
     @property
-    def most_result_bytes(self) -> int:
-        """Of one value of the result: what isn't quantised, of fp8, may be kept in fp32."""
-        return 4 if self.fp8 and not self.quantised else self.itemsize
+    def groups(self) -> int:
+        """A power of two, with room for each expert and for the rows that are nobody's."""
+        return max(32, 1 << self.experts.bit_length())
 
     def descriptors(self, device: GPU) -> bool:
         """Whether the weights are read by tensor descriptor."""
@@ -121,14 +137,26 @@ class Problem:
 
         mma.sync takes its operands from registers, so that of fp8's stages one needs no room.
         """
+        if s.form == "specialised":
+            return self._ring(s)
         stages = s.stages - (self.fp8 and not device.warpgroup_mma)
         # A persistent program's next loads fill the pipeline while the last tile is laid out for its stores.
-        laid_out = s.block_m * s.block_n * self.most_result_bytes if s.persistent else 0
+        laid_out = s.block_m * s.block_n * self.result if s.persistent else 0
         return stages * self.stage_bytes(s) + laid_out + SMEM_EXTRA
 
     def stage_bytes(self, s: Schedule) -> int:
         rows = s.block_m + self.matrices * s.block_n
         return rows * s.block_k * self.itemsize + (4 * rows if self.fp8 else 0)
+
+    def _ring(self, s: Schedule) -> int:
+        """The ring's stages, results as they are laid out for stores, the number of each group's last tile.
+
+        The scales of weights are read where they lie; 16 bits of results are laid out in two halves.
+        """
+        stage = (s.block_m + self.matrices * s.block_n) * s.block_k * self.itemsize
+        scales = 4 * s.block_m if self.fp8 else 0
+        laid_out = s.block_m * s.block_n * (1 if self.result == 2 else self.result)
+        return s.stages * (stage + scales) + laid_out + 4 * self.groups + SMEM_EXTRA
 
     def sums(self, s: Schedule) -> int:
         """fp32 sums a thread holds."""
@@ -145,7 +173,7 @@ class Problem:
 
 
 def space(problem: Problem, device: GPU) -> list[Schedule]:
-    """Every schedule that selection may pick: within shared memory, and no spills (sm_120a: a few stores)."""
+    """Every schedule that the model may pick: within shared memory, and no spills (sm_120a: a few stores)."""
     known = GPUS.get(device.name) is device
     return list(_space_of_target(problem, device.name) if known else _space(problem, device))
 
@@ -283,63 +311,3 @@ def _fused_multiply_add() -> list[Schedule]:
         Schedule("rows", m, n, k, warps, 3)
         for m, n, k, warps in [(16, 32, 32, 4), (16, 64, 32, 4), (32, 64, 32, 4), (64, 64, 16, 4)]
     ]
-
-
-_RUNG = re.compile(
-    r"(?:<(\S+) rows: *)?(\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: split(\d+))?( persistent)?", re.ASCII
-)
-
-
-def print_ladder(rungs: list[tuple[float, Schedule]]) -> str:
-    """``<4 rows: swapped 16x128x64 w4 s4; rows 128x128x64 w8 s3``: by rows an expert."""
-    return "; ".join(f"<{below:g} rows: {s.text}" if math.isfinite(below) else s.text for below, s in rungs)
-
-
-def parse_ladder(text: str, problem: Problem, device: GPU) -> list[tuple[float, Schedule]]:
-    """The inverse of ``print_ladder``. Raises ValueError where ``problem`` on ``device`` can't have it."""
-    allowed = space(problem, device)
-    rungs: list[tuple[float, Schedule]] = []
-    parts = [part.strip() for part in text.split(";")]
-    for number, part in enumerate(parts, start=1):
-        match = _RUNG.fullmatch(part)
-        if match is None:
-            raise ValueError(f"{part!r} is none: '<4 rows: rows 128x128x64 w8 s3' is")
-        below = _bound(match[1])
-        if (number == len(parts)) != math.isinf(below):
-            raise ValueError(f"{part!r}: every part but the last says below how many rows it holds")
-        if rungs and below <= rungs[-1][0]:
-            raise ValueError(f"{part!r}: the numbers of rows must ascend")
-        m, n, k, warps, stages = map(int, match.groups()[2:7])
-        if min(m, n, k, warps, stages, int(match[8] or 1)) < 1:
-            raise ValueError(f"{part!r}: every number is 1 or more")
-        form: Form = match[2]  # type: ignore[assignment]  # another one is in no list
-        s = Schedule(form, m, n, k, warps, stages, int(match[8] or 1), match[9] is not None)
-        if s not in allowed:
-            raise ValueError(f"{s.text!r} is not for {device.name}: {_why_not(s, allowed, problem, device)}")
-        rungs.append((below, s))
-    return rungs
-
-
-def _bound(text: str | None) -> float:
-    """The number of a rung; infinity for the last, which has none."""
-    if text is None:
-        return math.inf
-    try:
-        below = float(text) if text.isascii() else math.nan
-    except ValueError:
-        raise ValueError(f"{text!r} is no number of rows") from None
-    if not 0 < below < math.inf:
-        raise ValueError(f"{text!r} is no number of rows")
-    return below
-
-
-def _why_not(s: Schedule, allowed: list[Schedule], problem: Problem, device: GPU) -> str:
-    if reasons := reasons_against(s, problem, device):
-        return "; ".join(reasons)
-    near = sorted(allowed, key=lambda a: (a.function != s.function, a.warps != s.warps, _distance(a, s)))[:3]
-    return f"it is in no list of those that compile well; near it are {', '.join(n.text for n in near)}"
-
-
-def _distance(a: Schedule, b: Schedule) -> float:
-    pairs = (a.block_m, b.block_m), (a.block_n, b.block_n), (a.block_k, b.block_k), (a.stages, b.stages)
-    return sum(abs(math.log(x / y)) if y else math.inf for x, y in pairs)

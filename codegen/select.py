@@ -16,6 +16,7 @@ from functools import cache
 
 from moec.codegen.constants import ASSUMED, Constants
 from moec.codegen.schedules import Problem, Schedule, space
+from moec.codegen.specialised import LEAST_ROWS
 from moec.ir.devices import GPU, GPUS
 
 # Rows an expert, from one expert in 64 having one to far into prefill: where schedules are compared.
@@ -180,7 +181,12 @@ def choose(problem: Problem, device: GPU, rows: float, constants: Constants = AS
 
 
 def eligible(schedule: Schedule, problem: Problem, device: GPU, rows: float) -> bool:
-    """K isn't split where a product's tiles are enough for all SMs: its parts take memory and a wait."""
+    """K isn't split where a product's tiles are enough for all SMs: its parts take memory and a wait.
+
+    Warps have tasks of their own where an expert has rows for a good part of a tile.
+    """
+    if schedule.form == "specialised":
+        return rows >= LEAST_ROWS
     return schedule.split == 1 or tiles_of(schedule, problem, rows) < device.sms
 
 

@@ -39,7 +39,8 @@ from pathlib import Path
 from typing import Any
 
 from moec.codegen.constants import Constants
-from moec.codegen.schedules import Problem, Schedule, parse_ladder
+from moec.codegen.ladders import parse_ladder
+from moec.codegen.schedules import Problem, Schedule
 from moec.errors import BadTuning, SourceLoc
 from moec.ir.devices import GPUS
 

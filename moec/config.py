@@ -47,6 +47,11 @@ class BuildOptions:
         "a file of moec tune's; by default this device's in the cache's folder or moec's own; none: no file",
         "MOEC_TUNING",
     )
+    kernels: str | None = _option(
+        None,
+        "the family whose kernels go first, wherever one can: cuda, gluon, triton or torch",
+        "MOEC_KERNELS",
+    )
     batch_invariant: bool = _option(
         False,
         "one schedule whatever the number of tokens: a token's bits don't depend on what is beside it",
@@ -69,6 +74,7 @@ class BuildOptions:
             ("stop_after", self.stop_after),
             ("resume", self.resume),
             ("tuning", self.tuning),
+            ("kernels", self.kernels),
         ):
             if not isinstance(value, str) and not (value is None and name != "target"):
                 raise BadOption(f"{name} is {value!r}; it must be text")

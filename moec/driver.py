@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moec import __version__, codegen, models, passes
 from moec.codegen import invariance
 from moec.codegen.choosing import Choosing, choose_by
+from moec.codegen.kernels import check_family, family_of, select
 from moec.config import BuildOptions
 from moec.errors import BadOption, nearest
 from moec.ir import Module
@@ -108,16 +109,32 @@ def build(
 
 
 def choosing(options: BuildOptions, target: str) -> Choosing:
-    """How the schedules of a build are picked. Raises BadTuning; warns of files that are passed over."""
-    return Choosing(options.batch_invariant, find_tuning(options, target))
+    """How kernels and schedules of a build are picked. Warns of tuning files that are passed over.
+
+    Raises BadTuning; UnknownKernel for a family that there isn't.
+    """
+    if options.kernels is not None:
+        check_family(options.kernels)
+    return Choosing(options.batch_invariant, find_tuning(options, target), options.kernels)
 
 
 def schedules(module: Module, target: str, how: Choosing) -> dict[str, Any]:
-    """What the manifest says of it. Warns where a batch-invariant build has kernels that aren't."""
+    """What the manifest says of it.
+
+    Warns where a batch-invariant build has kernels that aren't, and where no op is emitted by the family of
+    kernels that was to go first.
+    """
+    if how.kernels is not None and not emits(how.kernels, module, target):
+        warnings.warn(f"no op here can have a kernel of {how.kernels}'s on {target}", stacklevel=3)
     found = invariance.report(module, target) if how.batch_invariant else None
     if found and (line := invariance.warning(found)):
         warnings.warn(line, stacklevel=3)
     return {"tuning": tuning_used(module, target, how.tuning), "batch_invariant": found}
+
+
+def emits(family: str, module: Module, target: str) -> bool:
+    """Whether kernels of a family emit any op of a step."""
+    return any(family_of(select(op, target)) == family for op in invariance.computed(module))
 
 
 def compiler(

@@ -17,11 +17,13 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, ClassVar
 
+from moec.codegen.choosing import choosing
 from moec.codegen.kernels.cuda import CudaKernel
 from moec.codegen.kernels.record import Record, refuse
-from moec.codegen.kernels.triton import TritonKernel
+from moec.codegen.kernels.triton import GluonKernel, TritonKernel
 from moec.codegen.kernels.workspace import Workspace, wide_copies
 from moec.errors import InternalError, UnknownKernel, nearest
+from moec.ir.devices import GPUS
 from moec.ir.op import Op
 from moec.ir.types import TensorType, f32
 
@@ -80,11 +82,11 @@ def quantises(op: Op) -> list[str]:
     return ["the result is quantised"] if op.attrs["quant"] else []
 
 
-Kernel = Inline | Templated | TritonKernel | CudaKernel
+Kernel = Inline | Templated | TritonKernel | GluonKernel | CudaKernel
 KERNELS: list[Kernel] = []
 _BY_NAME: dict[str, Kernel] = {}
 _BY_OP: dict[str, list[Kernel]] = {}  # in the order in which they are tried
-_ORDER = (CudaKernel, TritonKernel, Templated, Inline)
+_ORDER = (CudaKernel, TritonKernel, GluonKernel, Templated, Inline)
 
 
 def register(*kernels: Kernel) -> None:
@@ -103,12 +105,25 @@ def serving(op_name: str, target: str) -> list[Kernel]:
     return [k for k in _BY_OP.get(op_name, []) if not k.targets or target in k.targets]
 
 
+def family_of(kernel: Kernel) -> str:
+    """What its name begins with: ``triton``, ``onednn``, ..."""
+    return kernel.name.partition(".")[0]
+
+
+def check_family(name: str) -> None:
+    """Raises UnknownKernel where no kernel's name begins so."""
+    known = sorted(set(map(family_of, KERNELS)))
+    if name not in known:
+        hint = nearest(name, known) or f"; there is {', '.join(known)}"
+        raise UnknownKernel(f"no family of kernels is called {name!r}{hint}")
+
+
 def select(op: Op, target: str) -> Kernel:
     """The record that emits ``op`` for ``target``: the one its ``kernel`` names, else the first that can.
 
-    Tried are CUDA's, Triton's, then a function, then an expression. Raises UnknownKernel where the named one
-    can't, BadSchedule where the op's ``schedule`` is not one of the kernel's, InternalError where there is
-    none.
+    Tried are the family that the build prefers, then CUDA's, Triton's, a function, an expression.
+    Raises UnknownKernel where the named one can't, BadSchedule where the op's ``schedule`` is not one of the
+    kernel's, InternalError where there is none.
     """
     name = op.annotations.get("kernel")
     kernel = _first(op, target) if name is None else _named(name, op, target)
@@ -118,10 +133,13 @@ def select(op: Op, target: str) -> Kernel:
 
 
 def _first(op: Op, target: str) -> Kernel:
-    for kernel in serving(op.name, target):
-        by_name_only = isinstance(kernel, TritonKernel) and kernel.by_name_only
-        if not by_name_only and not kernel.supports(op):
-            return kernel
+    """Gluon's goes first where the op's schedules have what only it runs, and is left out elsewhere."""
+    able = [k for k in serving(op.name, target) if not k.supports(op)]
+    first = [k for k in able if family_of(k) == choosing().kernels]
+    if "schedule" in op.annotations or not first:
+        first = [k for k in able if isinstance(k, GluonKernel) and k.wanted(op, GPUS[target])]
+    for kernel in (*first, *(k for k in able if not isinstance(k, GluonKernel))):
+        return kernel
     raise InternalError(f"{op.name}: nothing emits it for {target}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from moec.codegen.choosing import choosing, measured
@@ -28,8 +28,7 @@ class TritonKernel(Record):
 
     ``constants(op, device)`` fills the template; ``reasons(op)`` says what is against it; ``helpers`` are
     templates of Triton functions that all parts of one file share. ``ladder(op, device)`` gives the schedules
-    of a kernel that has any, as text; ``problem(op)`` is what they are picked for. One that is there
-    ``by_name_only`` is never chosen for an op whose ``kernel`` doesn't say so.
+    of a kernel that has any, as text; ``problem(op)`` is what they are picked for.
     """
 
     family: ClassVar[str] = "triton"
@@ -40,7 +39,6 @@ class TritonKernel(Record):
     helpers: tuple[str, ...] = ()
     targets: tuple[str, ...] = tuple(GPUS)
     in_place: int | None = None
-    by_name_only: bool = False
     ladder: Callable[[Op, GPU], str] | None = None
     problem: Callable[[Op], Problem] | None = None
 
@@ -66,6 +64,18 @@ class TritonKernel(Record):
     def render(self, op: Op, name: str, target: str) -> str:
         """The part that defines the Python function ``name``."""
         return render_python(self.template, name=name, **self.constants(op, GPUS[target]))
+
+
+@dataclass(frozen=True)
+class GluonKernel(TritonKernel):
+    """One whose ladders have schedules of warps with tasks of their own, in Gluon, among Triton's.
+
+    ``wanted(op, device)``: whether the op's schedules, its own or those picked, have any. To other ops only
+    those who name it give it.
+    """
+
+    family: ClassVar[str] = "gluon"
+    wanted: Callable[[Op, GPU], bool] = field(kw_only=True)
 
 
 def kernel_file(kernels: Collection[TritonKernel], parts: list[str], target: str) -> str:

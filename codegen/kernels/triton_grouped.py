@@ -17,8 +17,15 @@ from moec.codegen.kernels.triton import (
     signature_lines,
     tensor,
 )
-from moec.codegen.kernels.triton_scales import QUANT_BLOCK, Scales, reasons_against_scales, scales
-from moec.codegen.schedules import Problem, Schedule, parse_ladder, print_ladder
+from moec.codegen.kernels.triton_scales import (
+    QUANT_BLOCK,
+    WEIGHT_BLOCK,
+    Scales,
+    reasons_against_scales,
+    scales,
+)
+from moec.codegen.ladders import Ladder, parse_ladder, print_ladder
+from moec.codegen.schedules import Problem, Schedule
 from moec.codegen.select import band
 from moec.errors import BadSchedule
 from moec.ir.devices import GPU, GPUS
@@ -90,6 +97,9 @@ def problem(op: Op) -> Problem:
         gathered=op.name == "gather_grouped_linear",
         quantised=op.attrs.get("quant") is not None,
         column_scales=by is not None and by.w_steps and not by.w_uniform,
+        block_scales=tensor(op.operands[0]).scale == QUANT_BLOCK and w.scale == WEIGHT_BLOCK,
+        dense=op.name == "linear",
+        result=product_type(op).dtype.bits // 8,
     )
 
 
@@ -127,15 +137,27 @@ def constants(op: Op, device: GPU) -> dict[str, Any]:
     return constants_of(op, device, rungs(op, device))
 
 
-def rungs(op: Op, device: GPU) -> list[tuple[float, Schedule]]:
+def rungs(op: Op, device: GPU) -> Ladder:
     """(rows an expert below which, schedule): the op's own ``schedule``, else what this build picks.
 
-    Raises BadSchedule where the op's own can't be read or run, or is several and the build is to be batch
-    invariant.
+    Raises BadSchedule where the op's own can't be read or run, is several and the build is to be batch
+    invariant, or has rungs of warps with tasks of their own.
     """
+    own = own_rungs(op, device)
+    if own is None:
+        return pick(problem(op), device)
+    if others := [s for _, s in own if s.form == "specialised"]:
+        raise refuse(
+            BadSchedule, op, f"schedule {others[0].text!r} is of kernel=gluon.{op.name}, not of Triton's"
+        )
+    return own
+
+
+def own_rungs(op: Op, device: GPU) -> Ladder | None:
+    """The op's own ``schedule``, None without one. Raises BadSchedule."""
     text = op.annotations.get("schedule")
     if text is None:
-        return pick(problem(op), device)
+        return None
     try:
         own = parse_ladder(text, problem(op), device)
     except ValueError as error:
@@ -145,7 +167,7 @@ def rungs(op: Op, device: GPU) -> list[tuple[float, Schedule]]:
     return own
 
 
-def constants_of(op: Op, device: GPU, rungs: list[tuple[float, Schedule]]) -> dict[str, Any]:
+def constants_of(op: Op, device: GPU, rungs: Ladder) -> dict[str, Any]:
     """The template's constants for a ladder of schedules: (rows an expert below which, schedule)."""
     forms = forms_of(op, device, [s for _, s in rungs])
     return {
@@ -157,7 +179,7 @@ def constants_of(op: Op, device: GPU, rungs: list[tuple[float, Schedule]]) -> di
     }
 
 
-def shown(rungs: list[tuple[float, Schedule]], sums: bool = False) -> list[tuple[str, str, Schedule]]:
+def shown(rungs: Ladder, sums: bool = False) -> list[tuple[str, str, Schedule]]:
     """A ladder as a kernel file has it: number of rows, name of the Triton function, schedule."""
     return [
         (f"{below:g}" if below != float("inf") else 'float("inf")', _name(s, sums), s) for below, s in rungs
@@ -200,7 +222,7 @@ def form_of(
         persistent=schedules[0].persistent,
         # Rows that lie side by side come as whole tiles too. Few rows gain nothing, and a descriptor of a
         # tensor that is new in every step is work for the host.
-        x_descriptor=not gather and form == "rows" and p.descriptors(device),
+        x_descriptor=not gather and form != "swapped" and p.descriptors(device),
         w_descriptor=p.descriptors(device),
         k_tail=any(p.depth % s.block_k for s in schedules),
         n_tail=any(p.columns % s.block_n for s in schedules),

@@ -28,23 +28,24 @@ from moec.codegen.kernels.triton_grouped import (
     shown,
 )
 from moec.codegen.kernels.triton_routing import combine_constants
-from moec.codegen.schedules import Schedule, print_ladder
+from moec.codegen.ladders import Ladder, print_ladder
 from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op
 
-Rungs = list[tuple[float, Schedule]]
-Many = Callable[[Op, GPU, Rungs], dict[str, Any]]
+Many = Callable[[Op, GPU, Ladder], dict[str, Any]]
 
 
-def few_tokens(rungs: Rungs, sums: Sums, experts: int, device: GPU) -> int:
+def few_tokens(rungs: Ladder, sums: Sums, experts: int, device: GPU) -> int:
     """For up to so many tokens one launch is taken to be faster than two.
 
     The last program of a column tile waits for memory once for each step of tokens, of which it has up to 16
-    rows on their way; a launch of its own does all of them at once.
+    rows on their way; a launch of its own does all of them at once. Warps with tasks of their own never sum.
     """
     steps = int((1 + device.launch_s / ASSUMED.latency) / math.ceil(sums.top_k / 16))
     few = 16
-    for below, s in rungs:
+    for start, (below, s) in zip(_starts(rungs), rungs, strict=True):
+        if s.form == "specialised":
+            return min(few, max(0, math.ceil(start * experts / sums.top_k) - 1))
         limit = steps * (sums.step // s.block_n)
         last = math.ceil(below * experts / sums.top_k) - 1 if below < math.inf else limit  # of the rung
         few = max(few, min(limit, last))
@@ -53,12 +54,17 @@ def few_tokens(rungs: Rungs, sums: Sums, experts: int, device: GPU) -> int:
     return few
 
 
+def _starts(rungs: Ladder) -> list[float]:
+    """The rows an expert from which on each rung holds."""
+    return [0.0, *(below for below, _ in rungs[:-1])]
+
+
 def constants(op: Op, device: GPU) -> dict[str, Any]:
     """The template's constants, with the variants of the op's schedules, or those picked for ``device``."""
     return combined_constants(op, device, rungs(op, device))
 
 
-def combined_constants(op: Op, device: GPU, rungs: Rungs, many: Many = constants_of) -> dict[str, Any]:
+def combined_constants(op: Op, device: GPU, rungs: Ladder, many: Many = constants_of) -> dict[str, Any]:
     """The same for a ladder of schedules: (rows an expert below which, schedule).
 
     ``many`` are the constants of the product's kernels where combine's follows them.
@@ -68,14 +74,13 @@ def combined_constants(op: Op, device: GPU, rungs: Rungs, many: Many = constants
     sums = Sums(tensor(weights).shape[1], plus is not None)
     few = few_tokens(rungs, sums, experts, device)
     least, most = (few + 1) * sums.top_k / experts, few * sums.top_k / experts
-    starts = [0.0, *(below for below, _ in rungs)]
     # Rungs of which some number of tokens up to ``few`` makes use, and those of more.
     once = [
         (below, replace(s, persistent=False))
-        for start, (below, s) in zip(starts, rungs, strict=False)
-        if start <= most
+        for start, (below, s) in zip(_starts(rungs), rungs, strict=True)
+        if few and start <= most
     ]
-    once[-1] = (math.inf, once[-1][1])
+    once[-1:] = [(math.inf, s) for _, s in once[-1:]]
     twice = [(below, s) for below, s in rungs if below > least]
     product, summing = many(op, device, twice), forms_of(op, device, [s for _, s in once], sums)
     return (
@@ -84,7 +89,7 @@ def combined_constants(op: Op, device: GPU, rungs: Rungs, many: Many = constants
         | {
             "forms": summing + product["forms"],
             "few": few,
-            "ladders": [("FEW", shown(once, sums=True)), *product["ladders"]],
+            "ladders": [("FEW", shown(once, sums=True))] * bool(few) + product["ladders"],
             "few_splits": any(form.flags.split for form in summing),
         }
     )

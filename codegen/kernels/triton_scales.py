@@ -13,6 +13,7 @@ from moec.ir.types import TensorType, format_block
 
 K_BLOCK = 128  # what a step along K covers, and so what shares a scale along K unless all of it does
 QUANT_BLOCK = (1, K_BLOCK)  # of results, so that the next product's steps fit
+WEIGHT_BLOCK = (128, K_BLOCK)  # of a checkpoint's weights, as DeepSeek-V3 has them
 
 
 @dataclass(frozen=True)

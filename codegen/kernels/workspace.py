@@ -194,4 +194,7 @@ WORKSPACE: dict[str, Workspace] = {
     "triton.gather_grouped_linear": _split,
     "triton.fp8_gather_grouped_linear": _split,
     "triton.fp8_linear": _split,
+    "gluon.grouped_linear_combine": lambda op: _by_slot(op) + _split(op),
+    "gluon.grouped_linear": _split,
+    "gluon.gather_grouped_linear": _split,
 }

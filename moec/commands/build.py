@@ -28,6 +28,7 @@ from moec.errors import BadOption
 @click.option(
     "--tuning", help="A file of `moec tune`'s, or none. Default: this device's, where there is one."
 )
+@click.option("--kernels", help="Whose kernels go first, wherever one can: cuda, gluon, triton or torch.")
 @click.option("--batch-invariant", is_flag=True, help="A token's bits never depend on what is beside it.")
 @click.option("--layers", help="Only the first N layers, or layers A-B.")
 @click.option("--cache", help="Folder of compiled kernels, kept between builds. Default: ~/.cache/moec.")
@@ -71,7 +72,7 @@ def command(
 
 
 # How a report calls the families of kernels that emit ops for GPUs.
-FAMILIES = {"triton": "Triton", "cuda": "CUDA", "torch": "still PyTorch"}
+FAMILIES = {"triton": "Triton", "gluon": "Gluon", "cuda": "CUDA", "torch": "still PyTorch"}
 
 
 def report(built: Any, seconds: float) -> None:
@@ -116,7 +117,11 @@ def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             found.append(("step memory", f"{human(plan['entries'][entry]['bytes'])}B at most, for {at}"))
     if manifest["device"] == "cuda":
         emitted = manifest["emitted_by"]
-        found += [(label, ", ".join(emitted.get(family, [])) or "none") for family, label in FAMILIES.items()]
+        found += [
+            (label, ", ".join(emitted.get(family, [])) or "none")
+            for family, label in FAMILIES.items()
+            if family != "gluon" or family in emitted
+        ]
     return found + schedules(manifest)
 
 

@@ -109,7 +109,8 @@ def _function(function: dict[str, Any]) -> None:
 def _family(op: dict[str, Any]) -> str:
     """Who emits the op: the family of its kernel's record."""
     family = (op.get("kernel") or "").partition(".")[0]
-    return {"torch": "PyTorch", "onednn": "PyTorch", "triton": "Triton", "cuda": "CUDA"}.get(family, family)
+    known = {"torch": "PyTorch", "onednn": "PyTorch", "triton": "Triton", "gluon": "Gluon", "cuda": "CUDA"}
+    return known.get(family, family)
 
 
 def _totals(data: dict[str, Any]) -> None:

@@ -33,7 +33,6 @@ class Product:
 
     problem: Problem
     op: Op
-    kernel: str
     token: str
 
     @property
@@ -82,7 +81,10 @@ class Product:
         return [d if isinstance(d, int) else int(d.subs(symbol(self.token), tokens)) for d in shape]
 
     def module(self, schedule: Schedule) -> Module:
-        """The product alone, by one schedule whatever the number of rows: ``@forward`` of its operands."""
+        """The product alone, by one schedule whatever the number of rows: ``@forward`` of its operands.
+
+        Whose kernel has that schedule is selected as in any build.
+        """
         module = Module(f"tune.{self.op.name}", target="")
         forward = module.add(Function("forward"))
         given = {
@@ -92,7 +94,6 @@ class Product:
         }
         operands = [None if v is None else given[v] for v in self.op.operands]
         made = forward.create(type(self.op)(operands, self.op.attrs))
-        made.annotate("kernel", self.kernel)
         made.annotate("schedule", schedule.text)
         forward.ret(*made.results)
         return module
@@ -129,7 +130,7 @@ def products(module: Module, target: str) -> tuple[list[Product], list[str]]:
         if len(symbols) != 1:
             left_out[f"{op.name} of {problem.text}: its sizes are of {', '.join(sorted(symbols))}"] = None
         elif problem not in found:
-            found[problem] = Product(problem, op, record.name, symbols.pop())
+            found[problem] = Product(problem, op, symbols.pop())
     ordered = sorted(found.values(), key=lambda p: -_weights(p.problem))
     return ordered, list(left_out)
 

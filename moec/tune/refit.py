@@ -61,11 +61,13 @@ class Fit:
 
 
 def measurements(tuning: Tuning) -> list[Measurement]:
+    """What the model is to say: nothing of warps with tasks of their own, which it doesn't model."""
     return [
         Measurement(problem, schedule, rows, seconds)
         for problem, points in tuning.measured.items()
         for rows, found in points.items()
         for schedule, seconds in found.items()
+        if schedule.form != "specialised"
     ]
 
 

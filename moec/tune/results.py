@@ -46,7 +46,7 @@ def merged(file: dict[str, Any], found: Sequence[Found], fit: Fit | None = None)
     entries = {json.dumps(e["problem"], sort_keys=True): dict(e) for e in file["problems"]}
     for one in found:
         problem = asdict(one.product.problem)
-        fresh = {"op": one.product.op.name, "kernel": one.product.kernel, "problem": problem, "points": []}
+        fresh = {"op": one.product.op.name, "problem": problem, "points": []}
         entry = entries.setdefault(json.dumps(problem, sort_keys=True), fresh)
         points = {point["rows"]: point for point in entry["points"]}
         points |= {point.rows: _point(point) for point in one.points if point.measured}

@@ -2,8 +2,9 @@
 
 Time is shared out: among products by the root of how many weights they have, the largest first, and of each
 evenly among numbers of tokens. At each number the schedule that a build picks without a tuning file comes
-first: its results are what all others are compared with. Then come those that the analytic model takes to be
-fastest, until the time is over or several in a row have brought nothing.
+first: its results are what all others are compared with. Then come those that the model doesn't know, of
+warps with tasks of their own where an expert has rows enough, and those that it takes to be fastest, until
+the time is over or several of these in a row have brought nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from moec.codegen.schedules import Schedule
 from moec.codegen.select import eligible, explain, ladder
+from moec.codegen.specialised import specialised
 from moec.ir.devices import GPU
 from moec.tune.compiling import Compiling
 from moec.tune.measuring import Failed, Measurer
@@ -103,6 +105,7 @@ class Search:
     def _candidates(self, product: Product, point: Point) -> list[Schedule]:
         problem, rows = product.problem, point.rows
         order = [c.schedule for c in explain(problem, self.device, rows)]
+        order = specialised(problem, self.device) + order
         order = [s for s in order if eligible(s, problem, self.device, rows)]
         return list(dict.fromkeys([point.analytic, *order]))[:MOST]
 
@@ -153,7 +156,10 @@ class _At:
                     self._recover()
                 continue
             point.measured[schedule] = seconds
-            idle = 0 if seconds < (1 - GAIN) * best else idle + 1
+            if seconds < (1 - GAIN) * best:
+                idle = 0
+            elif schedule.form != "specialised":
+                idle += 1
             best = min(best, seconds)
         if self.wrong > 1 and len(point.measured) == 1:
             (lonely,) = point.measured

@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 
 from moec.codegen import kernels
-from moec.codegen.kernels import select
-from moec.codegen.kernels.gluon_grouped import reasons_against, schedule, shared_memory
-from moec.codegen.kernels.triton_grouped import problem, product_type
+from moec.codegen.choosing import Choosing, choose_by
+from moec.codegen.kernels import select, triton_grouped
+from moec.codegen.kernels.gluon_grouped import reasons_against
+from moec.codegen.kernels.triton_grouped import problem
+from moec.codegen.ladders import parse_ladder
+from moec.codegen.schedules import Problem, Schedule
+from moec.codegen.specialised import specialised
 from moec.errors import BadSchedule, UnknownKernel
 from moec.ir.devices import GPUS
 from moec.ir.op import Op
-from moec.runtime.compile import compile_many
+from moec.runtime.compile import Cubin, compile_many
 from moec.runtime.device_source import device_source
 from moec.runtime.gluon_kernel import GluonKernel
 from tests.codegen.triton_kernels import (
@@ -30,6 +34,7 @@ from tests.codegen.triton_kernels import (
     load,
 )
 
+H100 = GPUS["sm_90a"]
 V3: dict[str, Callable[[], Op]] = {
     "up": lambda: grouped_op("bf16", 256, 2048, 7168, gather=True, per_row=8, act="silu"),
     "down": lambda: grouped_op("bf16", 256, 7168, 2048, scatter=True),
@@ -70,23 +75,42 @@ def test_lines_have_a_length(name: str) -> None:
         assert len(line) <= 110 and line == line.rstrip(), line
 
 
-@pytest.mark.parametrize("name", [*V3, *(pytest.param(n, marks=pytest.mark.slow) for n in SUMMED | OTHERS)])
-def test_on_hopper(name: str, tmp_path: Path) -> None:
+def check(name: str, schedules: Callable[[Problem], list[Schedule]], tmp_path: Path) -> None:
     """Three warpgroups, no spills, the matrix path of Hopper for 64 rows, and the shared memory estimated."""
     op = (V3 | SUMMED | OTHERS)[name]()
-    module = load(gluon_source(op), tmp_path)
+    p = problem(op)
+    every = {s.tile: s for s in schedules(p)}
+    module = load(gluon_source(op, list(every.values())), tmp_path)
     (kernel,) = [v for v in vars(module).values() if isinstance(v, GluonKernel)]
-    (cubin,) = compile_many(kernel.requests("sm_90a"), cache=tmp_path / "cache").check()
-    facts, p = cubin.facts, problem(op)
-    estimate = shared_memory(p, schedule(op), product_type(op).dtype.bits // 8)
-    assert facts.spills == 0 and facts.stack_bytes == 0
-    assert facts.shared_dynamic <= estimate <= GPUS["sm_90a"].smem_per_block
+    assert kernel.variants.keys() == every.keys()
+    cubins = compile_many(kernel.requests("sm_90a"), cache=tmp_path / "cache").check()
+    assert len(cubins) == len(every)
+    for variant, cubin in zip(kernel.variants, cubins, strict=True):
+        check_facts(cubin, p, every[variant])
+
+
+def check_facts(cubin: Cubin, p: Problem, s: Schedule) -> None:
+    facts = cubin.facts
+    assert facts.spills == 0 and facts.stack_bytes == 0, s.text
+    assert facts.shared_dynamic <= p.shared_memory(s, H100) <= H100.smem_per_block, s.text
     assert cubin.metadata["warps"] == 12
-    instruction = "QGMMA.64x" if p.fp8 else "HGMMA.64x"
-    assert facts.matrix and all(m.startswith(instruction) for m in facts.matrix)
+    instruction = f"{'Q' if p.fp8 else 'H'}GMMA.64x{s.block_n}"
+    assert facts.matrix and all(m.startswith(instruction) for m in facts.matrix), (s.text, facts.matrix)
     gathered = {"LDGSTS.128", "UTMALDG.3D"} if p.gathered else {"UTMALDG.2D", "UTMALDG.3D"}
     assert gathered | ({"LDGSTS.32"} if p.fp8 else set()) <= facts.loads.keys()
     assert "LDGSTS.128" in gathered or "LDGSTS.128" not in facts.loads
+
+
+@pytest.mark.parametrize("name", V3)
+def test_on_hopper(name: str, tmp_path: Path) -> None:
+    """What is picked where an op only names the kernel."""
+    check(name, lambda p: specialised(p, H100)[:1], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", V3 | SUMMED | OTHERS)
+def test_all_on_hopper(name: str, tmp_path: Path) -> None:
+    check(name, lambda p: specialised(p, H100), tmp_path)
 
 
 def test_the_twin_is_not_compiled(tmp_path: Path) -> None:
@@ -115,15 +139,65 @@ def named(make: Callable[[], Op], name: str, **annotations: str) -> Op:
     return op
 
 
-def test_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+WIDE, NARROW = "specialised 128x256x64 w8 s4 persistent", "specialised 128x128x64 w8 s6 persistent"
+MIXED = f"<1 rows: swapped 16x64x64 w4 s3; <40 rows: {NARROW}; <90 rows: rows 64x128x64 w4 s4; {WIDE}"
+
+
+def test_without_measurements_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if they were tried first."""
     serving = kernels.serving
     by_name = lambda *op: sorted(serving(*op), key=lambda k: not k.name.startswith("gluon."))  # noqa: E731
     monkeypatch.setattr(kernels, "serving", by_name)
     for make in (V3 | SUMMED).values():
-        assert by_name(make().name, "sm_90a")[0].name == (name := f"gluon.{make().name}")
+        name = f"gluon.{make().name}"
+        assert by_name(make().name, "sm_90a")[0].name == name
         assert select(make(), "sm_90a").name.startswith("triton.")
-        assert select(named(make, name), "sm_90a").name == name
+        kernel = select(op := named(make, name), "sm_90a")
+        assert kernel.name == name
+        *few, (_, last) = parse_ladder(kernel.schedules(op, "sm_90a"), problem(op), H100)
+        assert last == specialised(problem(op), H100)[0]
+        assert few == triton_grouped.rungs(make(), H100)[:-1]
+
+
+@pytest.mark.parametrize("make", [V3["down"], SUMMED["summed"]])
+def test_a_schedule_says_it_too(make: Callable[[], Op]) -> None:
+    """Rungs of both, anywhere: Gluon's record runs them, named or not; Triton's alone are Triton's."""
+    for text in (MIXED, WIDE):
+        op = make()
+        op.annotations["schedule"] = text
+        assert select(op, "sm_90a").name == f"gluon.{op.name}"
+        assert (
+            select(named(make, f"gluon.{op.name}", schedule=text), "sm_90a").schedules(op, "sm_90a") == text
+        )
+    op.annotations["schedule"] = "rows 128x128x64 w8 s3"
+    assert select(op, "sm_90a").name == f"triton.{op.name}"
+
+
+def test_rungs_of_both_are_variants_of_one_file(tmp_path: Path) -> None:
+    op = V3["down"]()
+    op.annotations["schedule"] = MIXED
+    module = load(gluon_source(op), tmp_path)
+    ladder = [(below, kernel.name, tile) for below, kernel, tile in module.GROUPED_LINEAR_LADDER]
+    assert ladder == [
+        (1, "grouped_linear_swapped", "16x64x64w4s3"),
+        (40, "grouped_linear_specialised", "128x128x64w8s6p"),
+        (90, "grouped_linear_rows", "64x128x64w4s4"),
+        (float("inf"), "grouped_linear_specialised", "128x256x64w8s4p"),
+    ]
+
+
+def test_few_tokens_are_summed_below_the_first_rung_of_gluon_s(tmp_path: Path) -> None:
+    """256 experts, 8 a token: below 40 tokens, one launch. Where the first rung is Gluon's: two for any."""
+    op = SUMMED["summed"]()
+    op.annotations["schedule"] = MIXED.replace("<1 rows", "<1.25 rows")
+    text = gluon_source(op)
+    module = load(text, tmp_path)
+    few = [(kernel.name, tile) for _, kernel, tile in module.GROUPED_LINEAR_COMBINE_FEW]
+    assert few == [("grouped_linear_combine_swapped_sum", "16x64x64w4s3")]
+    assert "if tokens <= 39:" in text and "One launch for up to 39 tokens" in text
+    op.annotations["schedule"] = WIDE
+    text = gluon_source(op)
+    assert "_FEW" not in text and "if tokens" not in text and "Two launches" in text
 
 
 def test_what_is_refused_says_why() -> None:
@@ -131,9 +205,34 @@ def test_what_is_refused_says_why() -> None:
         select(named(V3["down"], "gluon.grouped_linear"), "sm_100a")
     with pytest.raises(UnknownKernel, match="is a kernel of gather_grouped_linear"):
         select(named(V3["down"], "gluon.gather_grouped_linear"), "sm_90a")
-    with pytest.raises(BadSchedule, match=r"gluon.grouped_linear has no schedules"):
+    with pytest.raises(BadSchedule, match=r"has no rung like 'specialised 128x256x64 w8 s4 persistent'"):
         down = named(V3["down"], "gluon.grouped_linear", schedule="rows 128x128x64 w8 s3")
         select(down, "sm_90a")
+    with pytest.raises(BadSchedule, match=rf"'{NARROW}' is of kernel=gluon.grouped_linear, not of Triton's"):
+        select(named(V3["down"], "triton.grouped_linear", schedule=MIXED), "sm_90a")
+    unnamed = V3["down"]()
+    unnamed.annotations["schedule"] = MIXED
+    with pytest.raises(BadSchedule, match="warps with tasks of their own are for sm_90a"):
+        select(unnamed, "sm_100a")
+    with choose_by(Choosing(batch_invariant=True)), pytest.raises(BadSchedule, match="depends on M"):
+        select(unnamed, "sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "reason"),
+    [
+        ("up", WIDE, "256 columns spill registers"),
+        ("down", "specialised 128x256x64 w8 s5 persistent", "bytes of shared memory"),
+        ("down", "specialised 128x256x64 w8 s4", "programs are persistent with 8 warps that multiply"),
+        ("down", "specialised 64x128x64 w8 s4 persistent", "its tile is of 128 rows and 128 or 256 columns"),
+        ("down", "specialised 128x128x64 w8 s3 persistent", "near it are specialised 128x128x64 w8 s5"),
+        ("down, fp8", WIDE.replace("x64", "x128"), "256 columns spill registers"),
+    ],
+)
+def test_schedules_that_are_none(make: str, text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{text!r} is not for sm_90a: ")) as refused:
+        parse_ladder(text, problem(V3[make]()), H100)
+    assert reason in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +404,8 @@ def run(text: str, stages: int, tiles: list[int], seed: int) -> None:
 def test_a_stage_waits_for_what_is_copied(name: str) -> None:
     """The bytes that ``full`` expects are those of the descriptors' copies, its count that of who copies."""
     op = (V3 | SUMMED | OTHERS)[name]()
-    text, s, p = gluon_source(op), schedule(op), problem(op)
+    p = problem(op)
+    text, s = gluon_source(op), specialised(p, H100)[0]
     sizes = {"BLOCK_M": s.block_m, "BLOCK_N": s.block_n, "BLOCK_K": s.block_k}
     copied = (
         s.block_k

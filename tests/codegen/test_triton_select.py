@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from moec.codegen.kernels.triton_grouped import Sums
 from moec.codegen.kernels.triton_grouped_combine import few_tokens
-from moec.codegen.schedules import Problem, Schedule, parse_ladder, reasons_against, space
+from moec.codegen.ladders import parse_ladder
+from moec.codegen.schedules import Problem, Schedule, reasons_against, space
 from moec.codegen.select import band, choose, explain, ladder, row_tiles, terms, tiles_of
 from moec.codegen.targets import TARGETS
 from moec.ir.devices import GPUS

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from moec.codegen.kernels import KERNELS
+from moec.codegen.kernels.gluon_grouped import mixed_constants
 from moec.codegen.kernels.triton import TritonKernel, kernel_file, tensor
 from moec.codegen.kernels.triton_grouped import constants_of
 from moec.codegen.kernels.triton_grouped_combine import combined_constants
@@ -189,7 +190,7 @@ def op(args: list[str], line: str, type: str) -> Op:
 def record(op: Op) -> TritonKernel:
     """The Triton record of ``op``, which may refuse it; of two, the second is for scaled operands."""
     scaled = tensor(op.operands[0]).scale is not None
-    records = [k for k in KERNELS if isinstance(k, TritonKernel) and k.op == op.name and not k.by_name_only]
+    records = [k for k in KERNELS if type(k) is TritonKernel and k.op == op.name]
     return records[-1] if scaled else records[0]
 
 
@@ -198,17 +199,28 @@ def source(op: Op, target: str = "sm_90a", schedules: list[Schedule] | None = No
     kernel = record(op)
     if schedules is None:
         return kernel_file([kernel], [kernel.render(op, op.name, target)], target)
-    rungs = [(float(i + 1), s) for i, s in enumerate(schedules[:-1])] + [(math.inf, schedules[-1])]
+    rungs = _ladder(schedules)
     made = combined_constants if op.name == "grouped_linear_combine" else constants_of
     constants = made(op, GPUS[target], rungs)
     return kernel_file([kernel], [render_python(kernel.template, name=op.name, **constants)], target)
 
 
-def gluon_source(op: Op) -> str:
-    """The kernel file of one op as Gluon's record renders it."""
+def gluon_source(op: Op, schedules: list[Schedule] | None = None) -> str:
+    """The kernel file of one op as Gluon's record renders it; ``schedules`` as for ``source``."""
     kernel = next(k for k in KERNELS if isinstance(k, TritonKernel) and k.name == f"gluon.{op.name}")
     assert not kernel.supports(op)
-    return kernel_file([kernel], [kernel.render(op, op.name, "sm_90a")], "sm_90a")
+    if schedules is None:
+        return kernel_file([kernel], [kernel.render(op, op.name, "sm_90a")], "sm_90a")
+    device, rungs = GPUS["sm_90a"], _ladder(schedules)
+    if op.name == "grouped_linear_combine":
+        constants = combined_constants(op, device, rungs, mixed_constants)
+    else:
+        constants = mixed_constants(op, device, rungs)
+    return kernel_file([kernel], [render_python(kernel.template, name=op.name, **constants)], "sm_90a")
+
+
+def _ladder(schedules: list[Schedule]) -> list[tuple[float, Schedule]]:
+    return [(float(i + 1), s) for i, s in enumerate(schedules[:-1])] + [(math.inf, schedules[-1])]
 
 
 def load(text: str, folder: Path) -> ModuleType:

@@ -1,8 +1,8 @@
 """A worker of ``moec tune`` without a GPU: its clock shows what the analytic model says, with noise.
 
 The command line gives a JSON file: ``problems`` by the shape of their weights, ``constants`` of the model,
-``noise``, and ``behave``: what a schedule does in place of running (crash, hang, wrong, fatal, garbage). Each
-request is written to ``log``.
+``noise``, ``specialised``: how many times as long warps with tasks of their own take, and ``behave``: what a
+schedule does in place of running (crash, hang, wrong, fatal, garbage). Each request is written to ``log``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moec.codegen.constants import Constants
-from moec.codegen.schedules import Problem, parse_ladder
+from moec.codegen.ladders import parse_ladder
+from moec.codegen.schedules import Problem
 from moec.codegen.select import terms
 from moec.ir.devices import GPUS
 
@@ -65,6 +66,7 @@ def measured(plan: dict[str, Any], drawn: dict[str, Any], schedule: str, referen
     ((_, s),) = parse_ladder(schedule, problem, GPUS[TARGET])
     rows = drawn["choices"]["tokens"] * drawn["choices"]["choices"] / problem.experts
     seconds = sum(terms(s, problem, GPUS[TARGET], rows, Constants(**plan["constants"])).values())
+    seconds *= plan["specialised"] if s.form == "specialised" else 1.0
     return {"seconds": seconds * random.Random(schedule).lognormvariate(0, plan["noise"])}
 
 

@@ -34,6 +34,7 @@ VARIABLES: list[tuple[str, str, str, Any, Any]] = [
     ("MOEC_CACHE", "kernels", "cache", "kernels", "others"),
     ("MOEC_INTERPRET", "1", "interpret", True, False),
     ("MOEC_TUNING", "h100.json", "tuning", "h100.json", "none"),
+    ("MOEC_KERNELS", "gluon", "kernels", "gluon", "triton"),
     ("MOEC_BATCH_INVARIANT", "1", "batch_invariant", True, False),
 ]
 

@@ -50,14 +50,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[moec.Built, moec.Bu
 
 def test_its_kernels_are_compiled_and_described(built: tuple[moec.Built, moec.Built]) -> None:
     chosen, named = built
-    assert not any("gluon" in k["kernel"] for k in chosen.manifest["kernels"])
+    assert not any("specialised" in k["kernel"] for k in chosen.manifest["kernels"])
     kernels = {k["kernel"]: k for k in named.manifest["kernels"]}
     for op in OPS:
-        kernel = kernels[f"{op}_gluon"]
+        kernel = kernels[f"{op}_specialised"]
         facts = kernel["facts"]
         assert kernel["warps"] == 12 and facts["spill_stores"] == facts["spill_loads"] == 0
         assert all(m.startswith("HGMMA.64x") for m in facts["matrix"]) and facts["matrix"]
-        assert f"cubin/{op}_gluon.{kernel['variant']}.sm_90a.cubin" in named.manifest["files"]
+        assert f"cubin/{op}_specialised.{kernel['variant']}.sm_90a.cubin" in named.manifest["files"]
     assert not any("twin" in name for name in kernels)
 
 
