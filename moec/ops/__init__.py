@@ -38,7 +38,18 @@ from torch import Tensor
 from moec.errors import BadInput, NotDifferentiable
 from moec.ops import library as library
 from moec.ops import routed as routed
-from moec.ops.inputs import describe
+from moec.ops.inputs import (
+    LARGEST,
+    describe,
+    need_flags,
+    need_integers,
+    need_limit,
+    need_scale,
+    need_tensors,
+    need_tensors_or_none,
+    need_words,
+    shown,
+)
 
 ExpertRange: TypeAlias = "tuple[int, int] | range"
 
@@ -86,6 +97,8 @@ def route(
     Raises BadInput, also for routers that aren't defined: a ``top2sum`` of one expert a group, or k beyond
     what the kept groups have; otherwise as ``fused_experts``.
     """
+    need_tensors(logits=logits)
+    need_tensors_or_none(bias=bias)
     router = _router(k, score, groups, topk_groups, group_score, masked, renorm, scale)
     weights, ids = torch.ops.moec.route(logits, bias, *router)
     return weights, ids
@@ -106,6 +119,7 @@ def hash_route(
     An entry that names no expert, and each choice of a token that has no row, becomes E with weight 0: the
     experts skip it. Raises BadInput; otherwise as ``fused_experts``.
     """
+    need_tensors(logits=logits, table=table, tokens=tokens)
     _, score, *_, renorm, scale = _router(1, score, 1, 1, "max", "zero", renorm, scale)
     weights, ids = torch.ops.moec.hash_route(logits, table, tokens, score, renorm, scale)
     return weights, ids
@@ -159,6 +173,8 @@ def fused_experts(
     experts are fp8; InterpreterOff; on a GPU Misaligned, for x, shared or weights that don't start at a
     multiple of 16 bytes.
     """
+    need_tensors(x=x, w13=w13, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids)
+    _how(shared, activation, limit, w13_scale, w2_scale, x_scale, batch_invariant, out)
     first = _first_expert(expert_range, w13)
     scales = (w13_scale, w2_scale, x_scale)
     layer = (x, w13, w2, topk_weights, topk_ids, shared, activation, limit, first)
@@ -205,6 +221,9 @@ def routed_experts(
 
     Raises as both do.
     """
+    need_tensors(x=x, logits=logits, w13=w13, w2=w2)
+    need_tensors_or_none(bias=bias)
+    _how(shared, activation, limit, w13_scale, w2_scale, x_scale, batch_invariant, out)
     router = _router(k, score, groups, topk_groups, group_score, masked, renorm, scale)
     scales = (w13_scale, w2_scale, x_scale)
     arguments = (x, logits, w13, w2, bias, *router, shared, activation, limit, *scales, batch_invariant)
@@ -243,6 +262,8 @@ def grouped_experts(
 
     Raises as ``fused_experts`` does.
     """
+    need_tensors(x_sorted=x_sorted, off=off, w13=w13, w2=w2)
+    _how(None, activation, limit, w13_scale, w2_scale, x_scale, batch_invariant, out)
     scales = (w13_scale, w2_scale, x_scale)
     arguments = (x_sorted, off, w13, w2, activation, limit, *scales, batch_invariant)
     if out is None:
@@ -263,22 +284,29 @@ def _router(
     renorm: bool,
     scale: float,
 ) -> tuple[int, str, int, int, str, str, bool, float]:
-    """The same, each known to be of its kind: PyTorch's word for another would name no argument of ours."""
-    kinds: dict[str, tuple[object, type | tuple[type, ...], str]] = {
-        "k": (k, int, "an integer"),
-        "score": (score, str, "a word"),
-        "groups": (groups, int, "an integer"),
-        "topk_groups": (topk_groups, int, "an integer"),
-        "group_score": (group_score, str, "a word"),
-        "masked": (masked, str, "a word"),
-        "scale": (scale, (int, float), "a number"),
-    }
-    for name, (value, kind, said) in kinds.items():
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise BadInput(f"{name} is {value!r}; it must be {said}")
-    if not isinstance(renorm, bool):
-        raise BadInput(f"renorm is {renorm!r}; it must be True or False")
+    """The same, each known to be of its kind."""
+    need_integers(k=k, groups=groups, topk_groups=topk_groups)
+    need_words(score=score, group_score=group_score, masked=masked)
+    need_flags(renorm=renorm)
+    need_scale(scale)
     return k, score, groups, topk_groups, group_score, masked, renorm, float(scale)
+
+
+def _how(
+    shared: Tensor | None,
+    activation: str,
+    limit: float | None,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    x_scale: Tensor | None,
+    batch_invariant: bool,
+    out: Tensor | None,
+) -> None:
+    """What experts may be given beside their tensors is of its kind."""
+    need_tensors_or_none(shared=shared, w13_scale=w13_scale, w2_scale=w2_scale, x_scale=x_scale, out=out)
+    need_words(activation=activation)
+    need_limit(limit)
+    need_flags(batch_invariant=batch_invariant)
 
 
 def _first_expert(expert_range: ExpertRange | None, w13: Tensor) -> int:
@@ -289,11 +317,18 @@ def _first_expert(expert_range: ExpertRange | None, w13: Tensor) -> int:
             raise BadInput(f"expert_range is {expert_range}: its experts must follow each other")
         first, end = expert_range.start, expert_range.stop
     else:
-        if len(expert_range) != 2 or not all(isinstance(n, int) for n in expert_range):
-            raise BadInput(f"expert_range is {expert_range!r}: it must be (first, end) or a range")
+        if not isinstance(expert_range, tuple | list) or len(expert_range) != 2:
+            raise BadInput(f"expert_range is {shown(expert_range)}: it must be (first, end) or a range")
         first, end = expert_range
-    if not 0 <= first < end:
-        raise BadInput(f"expert_range is ({first}, {end}): it must be (first, end) with 0 <= first < end")
+        if any(not isinstance(n, int) or isinstance(n, bool) for n in (first, end)):
+            raise BadInput(
+                f"expert_range is ({shown(first)}, {shown(end)}): it must be (first, end), two integers"
+            )
+    if not 0 <= first < end <= LARGEST:
+        raise BadInput(
+            f"expert_range is ({shown(first)}, {shown(end)}): "
+            f"it must be (first, end) with 0 <= first < end <= {LARGEST}"
+        )
     if w13.shape[0] != end - first:
         raise BadInput(
             f"expert_range ({first}, {end}) means {end - first} experts, but w13 is {describe(w13)}"

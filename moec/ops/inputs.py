@@ -1,12 +1,12 @@
 """What the operators take; whatever doesn't fit is refused by the argument's name.
 
-The checks read shapes, dtypes and devices, so that an operator's fake makes them as well: ``torch.compile``
+First that each is of its kind: PyTorch's own error for another would name no argument. The other checks read
+shapes, dtypes and devices, so that an operator's fake makes them as well: ``torch.compile``
 reports what the call would. Only ``check_offsets`` reads values.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -23,11 +23,74 @@ INTEGERS = (torch.int32, torch.int64)
 # An activation's name outside, and that of the IR's swiglu.
 ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 LARGEST = 2**31 - 1  # slots and offsets are int32
+LEAST, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def describe(tensor: Tensor) -> str:
     """``float32 [4, 64]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def shown(value: object) -> str:
+    """What was given, in an error: never the values of a tensor, never thousands of digits."""
+    if isinstance(value, Tensor):
+        return describe(value)
+    if isinstance(value, int) and value.bit_length() > 63:
+        return f"an integer of {value.bit_length()} bits"
+    return (
+        repr(value) if value is None or isinstance(value, int | float | str) else f"a {type(value).__name__}"
+    )
+
+
+def need_tensors(**given: object) -> None:
+    """Raises BadInput for what is no tensor."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise BadInput(f"{name} is {shown(value)}; it must be a tensor")
+
+
+def need_tensors_or_none(**given: object) -> None:
+    """Raises BadInput for what is there and no tensor."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise BadInput(f"{name} is {shown(value)}; it must be a tensor, or left out")
+
+
+def need_integers(**given: object) -> None:
+    """Raises BadInput for what is no integer of 64 bits."""
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise BadInput(f"{name} is {shown(value)}; it must be an integer")
+        if not -(2**63) < value < 2**63:
+            raise BadInput(f"{name} is {shown(value)}; it must be one of 64")
+
+
+def need_words(**given: object) -> None:
+    """Raises BadInput for what is no text."""
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise BadInput(f"{name} is {shown(value)}; it must be a word")
+
+
+def need_flags(**given: object) -> None:
+    """Raises BadInput for what is neither True nor False."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise BadInput(f"{name} is {shown(value)}; it must be True or False")
+
+
+def need_scale(scale: object) -> None:
+    """Raises BadInput unless routing weights can be multiplied by it."""
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not -MOST <= scale <= MOST:
+        raise BadInput(f"scale is {shown(scale)}; it must be a finite number in float32")
+
+
+def need_limit(limit: object) -> None:
+    """Raises BadInput for a limit that isn't positive."""
+    if limit is None:
+        return
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or not LEAST <= limit <= MOST:
+        raise BadInput(f"limit is {shown(limit)}; it must be a positive number in float32")
 
 
 def want(name: str, tensor: Tensor, shape: Sequence[Any], meaning: str, *dtypes: torch.dtype) -> None:
@@ -124,7 +187,7 @@ def check_router(
         raise BadInput(f"group_score is top2sum, but {groups} groups of {experts} experts have one each")
     if groups > 1 and masked == "neginf" and k > size * topk_groups:
         raise BadInput(f"k is {k}, but {topk_groups} groups of {size} experts allow {size * topk_groups}")
-    check_weight_scale(scale)
+    need_scale(scale)
 
 
 def check_hash_router(logits: Tensor, table: Tensor, tokens: Tensor, score: str, scale: float) -> None:
@@ -136,21 +199,14 @@ def check_hash_router(logits: Tensor, table: Tensor, tokens: Tensor, score: str,
         raise BadInput(f"there is nothing to choose: logits is {describe(logits)}, table {describe(table)}")
     if score not in SCORES[1:]:
         raise BadInput(f"score is {score!r}; it must be one of {', '.join(SCORES[1:])}")
-    check_weight_scale(scale)
-
-
-def check_weight_scale(scale: float) -> None:
-    """Raises BadInput unless routing weights can be multiplied by it."""
-    if not abs(scale) <= torch.finfo(torch.float32).max:
-        raise BadInput(f"scale is {scale}; it must be a finite number in float32")
+    need_scale(scale)
 
 
 def check_activation(activation: str, limit: float | None) -> None:
     """Raises BadInput for a name that isn't known, or a limit that isn't positive."""
     if activation not in ACTIVATIONS:
         raise BadInput(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
-    if limit is not None and not 0 < limit < math.inf:
-        raise BadInput(f"limit is {limit}; it must be a positive number")
+    need_limit(limit)
 
 
 def check_like(name: str, tensor: Tensor | None, x: Tensor, *dtypes: torch.dtype) -> None:

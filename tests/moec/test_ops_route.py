@@ -238,7 +238,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"score": None}, "score is None; it must be a word"),
     ({"groups": "8"}, "groups is '8'; it must be an integer"),
     ({"renorm": 1}, "renorm is 1; it must be True or False"),
-    ({"scale": "2.5"}, "scale is '2.5'; it must be a number"),
+    ({"scale": "2.5"}, "scale is '2.5'; it must be a finite number"),
     ({"scale": math.nan}, "scale is nan; it must be a finite number"),
     ({"scale": 1e300}, "scale is 1e\\+300; it must be a finite number in float32"),
     ({"scale": math.inf}, "scale is inf"),
@@ -321,7 +321,7 @@ def test_a_table_as_a_pytorch_operator() -> None:
     [
         ({"score": "softmax"}, "score is 'softmax'; it must be one of sigmoid, sqrtsoftplus"),
         ({"scale": math.nan}, "scale is nan"),
-        ({"scale": None}, "scale is None; it must be a number"),
+        ({"scale": None}, "scale is None; it must be a finite number"),
         ({"renorm": None}, "renorm is None; it must be True or False"),
         ({"table": torch.zeros(20, 3)}, r"table must be int32 or int64 \[vocab, k\] = .*, not float32"),
         ({"table": torch.zeros(20, 0, dtype=torch.int64)}, "there is nothing to choose"),
