@@ -239,6 +239,9 @@ def _reasons_against_persistence(s: Schedule, problem: Problem, device: GPU) -> 
         reasons.append(f"programs persist where {s.block_k} divides K and {s.block_n} the columns")
     if problem.column_scales:
         reasons.append("programs persist where a tile's columns share their scales, or have one for all of K")
+    if problem.matrices > 1 and not problem.fp8 and device.capability[0] == 9:
+        # What becomes of gate and up lies in the flattened loop, among sums that wgmma goes on with.
+        reasons.append("ptxas has wgmmas of two products wait for each other where programs persist")
     return reasons
 
 

@@ -49,13 +49,23 @@ class KernelFacts:
     loads: dict[str, int]
     stores: dict[str, int]
     atomics: dict[str, int]
-    barriers: dict[str, int]  # BAR: among a block's warps; SYNCS: mbarrier operations
+    # BAR: among a block's warps; SYNCS: mbarrier operations; WARPGROUP.DEPBAR: waits for wgmma
+    barriers: dict[str, int]
     instructions: int
 
     @property
     def spills(self) -> int:
         """Instructions that move registers to or from local memory."""
         return self.spill_stores + self.spill_loads
+
+    @property
+    def serialised(self) -> bool:
+        """Whether each wgmma is waited for before the next one begins.
+
+        ptxas does so, and says so in its warning C7515 only, where it can't keep the sums in place.
+        """
+        products = sum(n for name, n in self.matrix.items() if "GMMA" in name)
+        return 1 < products <= self.barriers.get("WARPGROUP.DEPBAR", 0)
 
     def as_manifest(self) -> dict[str, Any]:
         """As JSON; ``from_manifest`` reads it."""
@@ -130,6 +140,8 @@ def _kinds(instruction: str, name: str) -> Iterator[tuple[str, str]]:
         yield "atomics", name
     elif name in ("BAR", "SYNCS"):
         yield "barriers", name
+    elif name == "WARPGROUP" and parts[0] == "DEPBAR":
+        yield "barriers", "WARPGROUP.DEPBAR"
     elif name in ("STL", "LDL"):
         yield ("spill_stores" if name == "STL" else "spill_loads"), name
 

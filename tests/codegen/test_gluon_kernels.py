@@ -92,6 +92,7 @@ def check(name: str, schedules: Callable[[Problem], list[Schedule]], tmp_path: P
 def check_facts(cubin: Cubin, p: Problem, s: Schedule) -> None:
     facts = cubin.facts
     assert facts.spills == 0 and facts.stack_bytes == 0, s.text
+    assert not facts.serialised, s.text
     assert facts.shared_dynamic <= p.shared_memory(s, H100) <= H100.smem_per_block, s.text
     assert cubin.metadata["warps"] == 12
     instruction = f"{'Q' if p.fp8 else 'H'}GMMA.64x{s.block_n}"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,7 @@ def check_hopper(op: Op, schedules: list[Schedule] | None, folder: Path, instruc
     for name, cubin in compiled(op, schedules, folder):
         facts = cubin.facts
         assert facts.spills == 0, f"{name} spills"
+        assert not facts.serialised, f"{name}: {facts.barriers}"
         if "_tokens_sum" in name:  # combine's, without a product
             continue
         assert facts.shared_dynamic <= min(limit, most[name.split()[1]]), name
@@ -245,6 +247,18 @@ def test_hard_shapes_on_hopper(name: str, tmp_path: Path) -> None:
     most_sums_last = sorted(schedules, key=lambda s: (p.sums(s), s.block_m))
     worst = {s.function: s for s in most_sums_last}
     check_hopper(op, list(worst.values()), tmp_path)
+
+
+def test_persistent_programs_with_two_products_are_none_for_hopper(tmp_path: Path) -> None:
+    """Each wgmma would wait for the one before it. Once ptxas doesn't make it, the space may have them."""
+    op = V3["gather_grouped_linear"]("bf16")
+    tile = Schedule("rows", 128, 128, 64, 8, 4)
+    once, persistent = (
+        compiled(op, [replace(tile, persistent=p)], tmp_path)[0][1].facts for p in (False, True)
+    )
+    assert persistent.serialised and not once.serialised
+    offered = space(problem(op), GPUS["sm_90a"])
+    assert tile in offered and replace(tile, persistent=True) not in offered
 
 
 @pytest.mark.slow

@@ -193,7 +193,8 @@ def test_what_does_not_persist_says_why() -> None:
         return "; ".join(reasons_against(replace(s, persistent=True), problem, GPUS[target]))
 
     big = Schedule("rows", 128, 128, 64, 8, 4)
-    assert not reasons(big)
+    assert "wait for each other" in reasons(big)
+    assert not reasons(big, V3_DOWN) and not reasons(big, target="sm_100a")
     assert "in the form rows" in reasons(Schedule("swapped", 16, 128, 64, 4, 4))
     assert "in the form rows" in reasons(Schedule("rows", 64, 64, 64, 4, 4))
     assert "in the form rows" in reasons(replace(big, split=2))

@@ -29,6 +29,7 @@ def test_products_use_the_matrix_unit(name: str, matrix: str, load: str, built: 
     assert set(found.loads) == {load}
     assert (found.spills, found.stack_bytes) == (0, 0)
     assert 0 < found.registers <= 255 and found.barriers["BAR"] > 0
+    assert not found.serialised
     assert found.shared_dynamic == built[name].metadata["shared"] > 0
 
 
@@ -77,16 +78,18 @@ def test_instructions_are_counted_by_kind() -> None:
         /*00d0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
         /*00e0*/                   STG.E.64 desc[UR4][R2.64], R4 ;
         /*00f0*/                   FFMA R2, R3, R4, R5 ;
+        /*0100*/                   WARPGROUP.ARRIVE ;
+        /*0110*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
     """
     counts = count(text)
-    assert sum(counts.pop("all").values()) == 16
+    assert sum(counts.pop("all").values()) == 18
     assert counts == {
         "loads": {"LDG.16": 1, "LDG.128": 1, "LDG.32": 1, "LDGSTS.128": 1, "UTMALDG.3D": 1},
         "matrix": {"QGMMA.64x64x32": 1, "UTCQMMA": 1},
         "atomics": {"RED": 1, "ATOMG": 1},
         "spill_stores": {"STL": 1},
         "spill_loads": {"LDL": 1},
-        "barriers": {"BAR": 1, "SYNCS": 1},
+        "barriers": {"BAR": 1, "SYNCS": 1, "WARPGROUP.DEPBAR": 1},
         "stores": {"STG.64": 1},
     }
 
