@@ -8,6 +8,7 @@ Each is a custom operator of ``torch.library`` (``torch.ops.moec``) with a fake:
 new constants (sizes of the experts, dtypes, activation; not the number of tokens) and kept for the process:
 PyTorch for tensors on the CPU, generated kernels for tensors on a GPU. With MOEC_INTERPRET=1 and
 TRITON_INTERPRET=1 from the process's start, tensors on the CPU run the GPU's kernels in Triton's interpreter.
+Options of these builds are the environment's, or those of a ``with moec.ops.building(...)`` around the calls.
 
 Common to all:
 
@@ -50,10 +51,19 @@ from moec.ops.inputs import (
     need_words,
     shown,
 )
+from moec.ops.options import building
 
 ExpertRange: TypeAlias = "tuple[int, int] | range"
 
-__all__ = ["ExpertRange", "fused_experts", "grouped_experts", "hash_route", "route", "routed_experts"]
+__all__ = [
+    "ExpertRange",
+    "building",
+    "fused_experts",
+    "grouped_experts",
+    "hash_route",
+    "route",
+    "routed_experts",
+]
 
 
 def route(

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from moec.errors import DeviceUnavailable
 from moec.ir import Builder, DType, Function, Module, TensorType, Value
 from moec.ir.types import Dim, as_dim, f32, i32, symbol
 from moec.ops.inputs import ACTIVATIONS, E4M3
+from moec.ops.options import options
 from moec.runtime.devices import FAMILIES
 from moec.runtime.launch import preload
 from moec.runtime.package import Package
@@ -34,6 +35,8 @@ Compiled = Callable[..., Any]
 @dataclass(frozen=True)
 class Key:
     """What a function is specialised to; the numbers of tokens and rows are not among it.
+
+    ``options`` are those of its build.
 
     ``form`` names one of the functions of FORMS below, ``width`` is how many rows an expert's first weights
     have (2·I, or I where nothing gates), ``k`` is 0 and dtypes None where a form has no such thing.
@@ -59,6 +62,7 @@ class Key:
     batch_invariant: bool = False
     router: tuple[tuple[str, Any], ...] = ()  # a route's attributes
     bias: torch.dtype | None = None  # of the router
+    options: BuildOptions = field(default_factory=options)
 
     @property
     def in_place(self) -> bool:
@@ -100,10 +104,10 @@ def _build(key: Key) -> Compiled:
     goal = codegen.target(key.target)
     module = lower(key)
     folder = _scratch() / f"{next(_numbers)}-{key.form}"
-    how = choosing(replace(options(), batch_invariant=key.batch_invariant), goal.name)
+    how = choosing(replace(key.options, batch_invariant=key.batch_invariant), goal.name)
     with codegen.staging(folder, force=False) as aside, choose_by(how):
-        optimise(module, pipeline_of(replace(options(), target=goal.name)), aside, lambda line: None)
-        compile = None if key.interpret else compiler(goal, options(), lambda line: None)
+        optimise(module, pipeline_of(replace(key.options, target=goal.name)), aside, lambda line: None)
+        compile = None if key.interpret else compiler(goal, key.options, lambda line: None)
         about = _about(key) | schedules(module, goal.name, how)
         codegen.write_package(aside, module, goal, __version__, about, compile)
     code = Package(folder).module("model")
@@ -122,7 +126,7 @@ def _about(key: Key) -> dict[str, Any]:
         "vocab": None,
         "max_positions": None,
         "eos": [],
-        "options": options().as_manifest(),
+        "options": key.options.as_manifest(),
         "ignored": [],
     }
 
@@ -133,12 +137,6 @@ def _scratch() -> Path:
     folder = tempfile.mkdtemp(prefix="moec-ops-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
-
-
-@cache
-def options() -> BuildOptions:
-    """The environment's, as it was at the first call of an operator."""
-    return BuildOptions.from_environment()
 
 
 @cache

@@ -15,7 +15,8 @@ from torch import Tensor
 from moec.errors import DeviceUnavailable, NotDifferentiable
 from moec.ir.devices import GPUS
 from moec.ops import inputs
-from moec.ops.compiled import Key, function, options, target_of
+from moec.ops.compiled import Key, function, target_of
+from moec.ops.options import options
 from moec.ops.scales import Scales, check_scaled_experts
 
 Op = Callable[..., Any]

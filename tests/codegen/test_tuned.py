@@ -222,11 +222,11 @@ def test_moec_ops_go_by_it(write: Write, tmp_path: Path, monkeypatch: pytest.Mon
 
     seen = []
     monkeypatch.setenv("MOEC_TUNING", str(write()))
-    monkeypatch.setattr(compiled, "options", moec.BuildOptions.from_environment)
     import torch
 
     monkeypatch.setattr("moec.driver.optimise", lambda *given: seen.append(choosing()) or 1 / 0)
-    key = compiled.Key("fused", "sm_90a", True, torch.float16, 4, 8, 12, 2, torch.float32)
+    options = moec.BuildOptions.from_environment()
+    key = compiled.Key("fused", "sm_90a", True, torch.float16, 4, 8, 12, 2, torch.float32, options=options)
     for invariant in (False, True):
         with pytest.raises(ZeroDivisionError):
             compiled._build(replace(key, batch_invariant=invariant))
