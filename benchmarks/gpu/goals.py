@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Result = dict[str, Any]
+INVARIANT = "moec (batch invariant)"  # whose times are the cost of that, not a gain
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,36 @@ def invariance(result: Result) -> Result | None:
     found = [
         {"shape": shape, "tokens": tokens, "times": taken / times[shape, tokens, "moec"]}
         for (shape, tokens, name), taken in times.items()
-        if name == "moec (batch invariant)" and (shape, tokens, "moec") in times
+        if name == INVARIANT and (shape, tokens, "moec") in times
     ]
     if not found:
         return None
     worst = max(found, key=lambda one: one["times"])
     mean = statistics.geometric_mean(one["times"] for one in found)
     return {"geometric_mean": mean, "worst": worst, "each": found}
+
+
+def variants(result: Result) -> list[Result]:
+    """moec's other rows beside moec: the geometric mean of times as fast as it, and where it's most."""
+    found: dict[str, list[tuple[float, str, int]]] = {}
+    ours = {
+        (r["shape"], r["tokens"]): r["median_us"] for r in result["results"] if r["implementation"] == "moec"
+    }
+    for one in result["results"]:
+        name, where = one["implementation"], (one["shape"], one["tokens"])
+        if name.startswith("moec (") and name != INVARIANT and where in ours:
+            found.setdefault(name, []).append((ours[where] / one["median_us"], *where))
+    return [
+        {
+            "name": name,
+            "measured": len(each),
+            "geometric_mean": statistics.geometric_mean(r for r, *_ in each),
+            "best": max(each)[0],
+            "shape": max(each)[1],
+            "tokens": max(each)[2],
+        }
+        for name, each in found.items()
+    ]
 
 
 def summary(result: Result) -> list[Result]:

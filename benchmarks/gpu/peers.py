@@ -8,7 +8,6 @@ combining included. A peer that isn't installed, or doesn't take what it's given
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -16,21 +15,11 @@ import torch
 import torch.nn.functional as F
 from gpu.problem import BLOCK, Weights, draw_weights
 from gpu.shapes import Shape
+from gpu.variants import VARIANTS, Experts, Layer, NotHere
 from torch import Tensor
 
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
-Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> weights, ids
-Layer = Callable[[Tensor, Tensor], Tensor]  # x, logits -> y
 Adapter = Callable[[Weights, int], Experts]  # weights, choices a token
-
-
-def moec(given: Weights, top_k: int, batch_invariant: bool = False) -> Experts:
-    from moec.ops import fused_experts
-
-    scales = {"w13_scale": given.w13_scale, "w2_scale": given.w2_scale}  # None in other dtypes than fp8
-    return lambda x, weights, ids: fused_experts(
-        x, given.w13, given.w2, weights, ids, **scales, batch_invariant=batch_invariant
-    )
+Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> weights, ids
 
 
 def torch_grouped_mm(given: Weights, top_k: int) -> Experts:
@@ -139,15 +128,6 @@ def deep_gemm_fp8(given: Weights, top_k: int) -> Experts:
     return padded(given, top_k, product)
 
 
-def moec_routed(given: Weights, top_k: int, batch_invariant: bool = False) -> Layer:
-    """From the logits on in one call; fp8 where the weights are."""
-    from moec.ops import routed_experts
-
-    how: dict[str, Any] = {"k": top_k, "score": "softmax", "renorm": True}
-    how |= {"w13_scale": given.w13_scale, "w2_scale": given.w2_scale, "batch_invariant": batch_invariant}
-    return lambda x, logits: routed_experts(x, logits, given.w13, given.w2, **how)
-
-
 def torch_router(top_k: int) -> Router:
     """As transformers' models choose."""
 
@@ -203,10 +183,7 @@ def _first(*modules: str) -> Any:
     return import_module(modules[-1])
 
 
-INVARIANT = "moec (batch invariant)"  # one schedule whatever M is
-ADAPTERS: dict[str, Adapter] = {
-    "moec": moec,
-    INVARIANT: partial(moec, batch_invariant=True),
+OTHERS: dict[str, Adapter] = {
     "torch grouped_mm": torch_grouped_mm,
     "transformers grouped_mm": transformers_grouped_mm,
     "Liger": liger,
@@ -215,27 +192,17 @@ ADAPTERS: dict[str, Adapter] = {
     "triton_kernels": triton_kernels,
     "DeepGEMM": deep_gemm,
 }
-
-
-FP8_ADAPTERS: dict[str, Adapter] = {
-    "moec": moec,
-    INVARIANT: partial(moec, batch_invariant=True),
-    "vLLM": vllm_fp8,
-    "SGLang": sglang_fp8,
-    "DeepGEMM": deep_gemm_fp8,
-}
+FP8_OTHERS: dict[str, Adapter] = {"vLLM": vllm_fp8, "SGLang": sglang_fp8, "DeepGEMM": deep_gemm_fp8}
+ADAPTERS: dict[str, Adapter] = {name: v.experts for name, v in VARIANTS.items()} | OTHERS
+FP8_ADAPTERS: dict[str, Adapter] = {name: v.experts for name, v in VARIANTS.items()} | FP8_OTHERS
 
 ROUTERS: dict[str, Callable[[int], Router]] = {"vLLM": vllm_router}  # others choose as PyTorch does
-ROUTED: dict[str, Callable[[Weights, int], Layer]] = {
-    "moec": moec_routed,
-    INVARIANT: partial(moec_routed, batch_invariant=True),
-}
 
 
 def layer_of(name: str, adapter: Adapter, given: Weights, top_k: int) -> Layer:
     """An implementation from the router's logits on: in one call, or first its router, then its experts."""
-    if name in ROUTED:
-        return ROUTED[name](given, top_k)
+    if name in VARIANTS:
+        return VARIANTS[name].layer(given, top_k)
     experts, route = adapter(given, top_k), ROUTERS.get(name, torch_router)(top_k)
     return lambda x, logits: experts(x, *route(logits))
 
@@ -253,6 +220,8 @@ def installed(adapters: dict[str, Adapter], dtype: torch.dtype) -> tuple[dict[st
             adapter(probe, 1)
         except ModuleNotFoundError as error:
             reasons[name] = "not installed" if error.name in PEERS else f"{error.name} is not installed"
+        except NotHere as reason:
+            reasons[name] = str(reason)
         except Exception as error:
             reasons[name] = f"{type(error).__name__}: {first_line(error)}"
         else:

@@ -16,6 +16,7 @@ from gpu import goals
 
 PACKAGES = ["triton", "transformers", "liger-kernel", "vllm", "sglang"]
 COLOURS = ["#c1272d", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b"]
+COLOURS += ["#222222", "#5e3c99", "#b8a400", "#7fbf7b"]
 
 Result = dict[str, Any]
 
@@ -85,6 +86,7 @@ def table(result: Result) -> list[str]:
     ]
     lines += [_row(group) for group in _groups(result)]
     lines += [_against(one) for one in result["summary"]]
+    lines += [_variant(one) for one in goals.variants(result)]
     lines += _determinism(result)
     lines += goals.lines(result["goals"])
     lines += [f"without {name}: {reason}" for name, reason in result["unavailable"].items()]
@@ -133,6 +135,13 @@ def _against(one: Result) -> str:
     return (
         f"against {one['peer']}: {one['geometric_mean']:.2f} times as fast in the geometric mean of "
         f"{one['measured']}, at worst {one['worst']:.2f} ({one['shape']} M={one['tokens']})"
+    )
+
+
+def _variant(one: Result) -> str:
+    return (
+        f"{one['name']}: {one['geometric_mean']:.2f} times as fast as moec in the geometric mean of "
+        f"{one['measured']}, at best {one['best']:.2f} ({one['shape']} M={one['tokens']})"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-INVARIANT = "moec (batch invariant)"
+INVARIANT, GLUON = "moec (batch invariant)", "moec (gluon)"
 PEERS = ("torch grouped_mm", "transformers grouped_mm", "padding")
 
 
@@ -47,7 +47,7 @@ def test_everybody_is_measured_at_every_size(result: Any) -> None:
         (shape, tokens, name)
         for shape in ("tiny", "tiny-top6")
         for tokens in (1, 4, 33)
-        for name in ("moec", INVARIANT, *PEERS)
+        for name in ("moec", INVARIANT, GLUON, *PEERS)
     }
     for one in result["results"]:
         assert 0 < one["p10_us"] <= one["median_us"] <= one["p90_us"]
@@ -74,6 +74,7 @@ def test_a_table_ends_the_output(finished: subprocess.CompletedProcess[str]) -> 
     assert any(line.startswith("tiny-top6 ") and "grouped_mm" in line for line in lines)
     assert "a self-test on the CPU: these times mean nothing" in lines
     assert any(line.startswith("left out wrong: ") for line in lines)
+    assert any(line.startswith(f"{GLUON}: ") and "geometric mean of 6," in line for line in lines)
     assert any(line.startswith("determinism: ") and "geometric mean of 6," in line for line in lines)
 
 
@@ -101,7 +102,7 @@ def test_experts_in_fp8(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "moe_layer.self-test.fp8.json").read_text(encoding="utf-8"))
     errors = {(r["implementation"], r["tokens"]): r["error"] for r in found["results"]}
-    assert errors.keys() == {(name, m) for name in ("moec", INVARIANT, "padding") for m in (1, 33)}
+    assert errors.keys() == {(name, m) for name in ("moec", INVARIANT, GLUON, "padding") for m in (1, 33)}
     assert all(error < (1e-2 if name == "padding" else 1.5e-1) for (name, _), error in errors.items())
     assert {e["implementation"] for e in found["excluded"]} == {"wrong", "failing"}
     assert {"vLLM", "SGLang", "DeepGEMM"} <= found["unavailable"].keys() | {n for n, _ in errors}

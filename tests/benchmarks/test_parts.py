@@ -153,3 +153,33 @@ def test_what_batch_invariance_costs(gpu: Callable[[str], Any]) -> None:
     cost = goals.invariance(found)
     assert cost["geometric_mean"] == pytest.approx(2.0) and len(cost["each"]) == 2
     assert (cost["worst"]["shape"], cost["worst"]["tokens"], cost["worst"]["times"]) == ("a", 1, 4.0)
+
+
+def test_a_row_for_another_gpu_says_so(gpu: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    peers, variants = gpu("peers"), gpu("variants")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(peers, "draw_weights", lambda *given, **how: [FakeWeights()])
+    mine = {name: v.experts for name, v in variants.VARIANTS.items()}
+    able, reasons = peers.installed(mine, torch.bfloat16)
+    assert list(able) == ["moec", "moec (batch invariant)"]
+    assert reasons == {"moec (gluon)": "it is for compute capability 9.0, and this is 8.0"}
+
+
+class FakeWeights:
+    """A layer's, of which nothing is read."""
+
+    w13_scale = w2_scale = None
+
+
+def test_moec_s_rows_side_by_side(gpu: Callable[[str], Any]) -> None:
+    """Twice and half as fast are 1 in the mean; what batch invariance costs is no gain."""
+    times = {"moec": (10.0, 10.0), "moec (gluon)": (5.0, 20.0), "moec (batch invariant)": (11.0, 11.0)}
+    rows = [
+        {"shape": "s", "tokens": tokens, "implementation": name, "median_us": each[i]}
+        for name, each in times.items()
+        for i, tokens in enumerate((1, 4096))
+    ]
+    (one,) = gpu("goals").variants({"results": rows})
+    assert one["name"] == "moec (gluon)" and one["geometric_mean"] == pytest.approx(1.0)
+    assert (one["best"], one["shape"], one["tokens"], one["measured"]) == (2.0, "s", 1, 2)
