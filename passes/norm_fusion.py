@@ -89,7 +89,7 @@ RULES: Rules = {
         quant,
     ),  # quant(rms_norm(x, w)) -> rms_norm(x, w) {quant=..}
     "add-norm-quant": (
-        P.quant(P.add_rms_norm(..., eps=ANY).out(1).once().named("norm"), block=ANY, scale=ANY).where(
+        P.quant(P.add_rms_norm(..., eps=ANY).out(1).once(1).named("norm"), block=ANY, scale=ANY).where(
             tiles_of_rows
         ),
         quant,

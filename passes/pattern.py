@@ -19,9 +19,10 @@
     key=value        this attribute exactly; one that isn't named must have its default
     key=ANY          any value of this attribute
 
-``.once()`` wants one use: where a rewrite would otherwise do the work twice. ``.named("c")`` captures the
-op itself, ``.commutes()`` tries both orders of the first two operands, ``.where(check)`` adds a condition,
-a function of the match so far that returns "" or the reason why not.
+``.once()`` wants one use of each result, ``.once(1)`` of that one: where a rewrite would otherwise do the
+work twice, or leave a result without its op. ``.named("c")`` captures the op itself, ``.commutes()`` tries
+both orders of the first two operands, ``.where(check)`` adds a condition, a function of the match so far that
+returns "" or the reason why not.
 
 Matching says why it fails: the first condition that did, with the op that it was about, the line of the
 model that made the op, and the line of the rule that says the condition.
@@ -195,7 +196,7 @@ class OpPattern(Pattern):
     attrs: Mapping[str, Any]
     index: int = 0
     label: str = ""
-    single_use: bool = False
+    single_use: tuple[int, ...] | None = None  # the results of which one use is wanted; empty: all
     commutative: bool = False
     checks: tuple[Check, ...] = ()
     line: SourceLoc | None = field(default=None, compare=False)  # where it is written
@@ -209,8 +210,8 @@ class OpPattern(Pattern):
             if spec.required and key not in self.attrs:
                 raise TypeError(f"a pattern must say what it wants of {self.op_name}'s {key}: a value or ANY")
 
-    def once(self) -> OpPattern:
-        return replace(self, single_use=True)
+    def once(self, *results: int) -> OpPattern:
+        return replace(self, single_use=results)
 
     def commutes(self) -> OpPattern:
         return replace(self, commutative=True)
@@ -268,9 +269,9 @@ class OpPattern(Pattern):
         return None
 
     def _match_uses(self, m: Match, op: Op) -> Miss | None:
-        if not self.single_use:
+        if self.single_use is None:
             return None
-        for res in op.results:
+        for res in (op.results[i] for i in self.single_use or range(len(op.results))):
             users = m.function.users(res)
             if m.uses(res) > 1:
                 return Miss(f"{res.text} is used more than once, by {_names(users)}", op, op.loc)

@@ -123,15 +123,21 @@ def _not_rows_of_fp32(op: Op) -> list[str]:
 
 
 def _product(op: str, constants: Any) -> tuple[Templated, Templated]:
-    """A product by experts: in fp32 through the kernel of ``linear``, in 16 bits through PyTorch's own."""
+    """A product by experts: in fp32 on the CPU through the kernel of ``linear``, else PyTorch's own."""
     return (
-        _kernel(op, constants, reasons=not_fp32, calls="linear", name=f"onednn.{op}"),
+        _kernel(op, constants, reasons=not_fp32, calls="linear", name=f"onednn.{op}", targets=("cpu",)),
         _kernel(op, lambda op: constants(op) | {"linear": ""}, reasons=scaled),
     )
 
 
 register(
-    Templated("linear", "python/kernels/linear.py.jinja", reasons=_not_rows_of_fp32, name="onednn.linear"),
+    Templated(
+        "linear",
+        "python/kernels/linear.py.jinja",
+        reasons=_not_rows_of_fp32,
+        name="onednn.linear",
+        targets=("cpu",),
+    ),
     *_product("grouped_linear", lambda op: {"placed": op.operands[3] is not None}),
     *_product("gather_grouped_linear", gather_grouped_linear),
     *_product("grouped_linear_combine", _grouped_linear_combine),

@@ -130,8 +130,11 @@ def test_golden_quant(golden: Callable[[str, str], None]) -> None:
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_same_bits_of_quantised_norms(dtype: str, count: int) -> None:
-    m = parse_module(QUANT.replace("f32[N", f"{dtype}[N").replace("acc=f32", f"acc={dtype}"))
+@pytest.mark.parametrize("twice", [False, True], ids=["sum read once", "sum read twice"])
+def test_same_bits_of_quantised_norms(dtype: str, count: int, twice: bool) -> None:
+    more = "%z = mul(%s, %s) : f32[N,8]\n  return %y, %z"
+    text = replaced(("return %y, %s", more))(QUANT) if twice else QUANT
+    m = parse_module(text.replace("f32[N", f"{dtype}[N").replace("acc=f32", f"acc={dtype}"))
     weights = scaled_weights(m)
     args = tokens(count, 8, 1, dtype), tokens(count, 8, 2, dtype)
     before = outputs(m, weights, *args)
@@ -175,13 +178,16 @@ QUANT_MISSES: list[tuple[str, list[tuple[str, str]], str]] = [
         "%n is used more than once",
     ),
     (
-        "add-norm-and-quant",
-        [("return %y, %s", "%z = mul(%s, %s) : f32[N,8]\n  return %y, %z")],
-        "only the quant reads %m",
-    ),
-    (
         "norm-quant",
         [("block=1x4, scale=ue8m0} : f8e4m3[N,8]@s1x4", "block=*x*} : f8e4m3[N,8]@s*x*")],
+        "a scale of several rows is known after the last of them",
+    ),
+    (
+        "add-norm-and-quant",
+        [
+            ("return %y, %s", "return %y, %m"),
+            ("block=1x4} : f8e4m3[N,8]@s1x4", "block=*x*} : f8e4m3[N,8]@s*x*"),
+        ],
         "a scale of several rows is known after the last of them",
     ),
     (
@@ -198,6 +204,14 @@ def test_near_miss_of_quant(rule: str, edits: list[tuple[str, str]], reason: str
     runs = run("norm-fusion", parse_module(replaced(*edits)(QUANT)))
     assert rule not in runs[0].fired and "add-norm" in runs[0].fired
     assert any(reason in r for r in reasons(runs, rule)), reasons(runs, rule)
+
+
+def test_rows_that_only_the_quant_reads_are_not_given_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {name: rule for name, rule in RULES.items() if name != "add-norm-quant"}
+    monkeypatch.setattr("moec.passes.norm_fusion.RULES", others)
+    runs = run("norm-fusion", parse_module(QUANT))
+    assert "only the quant reads %m" in reasons(runs, "add-norm-and-quant")
+    assert "add-norm-and-quant" not in runs[0].fired
 
 
 MISSES: list[tuple[str, list[tuple[str, str]], str]] = [

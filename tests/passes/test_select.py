@@ -112,9 +112,15 @@ IMPOSSIBLE = {
         "combine: torch.rope is a kernel of rope; for sm_90a there is triton.combine and torch.combine",
     ),
     "one that can't": (
+        ("kernel=triton.grouped_linear", "kernel=triton.fp8_grouped_linear"),
+        UnknownKernel,
+        "grouped_linear: triton.fp8_grouped_linear can't: x and w have no scales; for sm_90a there is "
+        "triton.grouped_linear and gluon.grouped_linear and torch.grouped_linear",
+    ),
+    "one of the CPU": (
         ("kernel=torch.linear", "kernel=onednn.linear"),
         UnknownKernel,
-        "linear: onednn.linear can't: it is bf16 and f32, not fp32; for sm_90a there is torch.linear",
+        "linear: onednn.linear is for cpu, not sm_90a; for sm_90a there is torch.linear",
     ),
     "no schedule": (
         (SCHEDULE, f"{SCHEDULE}rows 64; "),
