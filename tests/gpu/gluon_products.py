@@ -2,7 +2,7 @@
 
 A kernel of Gluon's, or a ladder with rungs of Triton's too (``mixed``), against Triton's of the same op, and
 both against double precision. A barrier's phase that is wrong hangs, and what hangs holds the GPU until its
-process ends. On the CPU (``cpu``, with TRITON_INTERPRET=1) the Triton twins run in the interpreter, on smaller
+process ends. On the CPU (``cpu``, with TRITON_INTERPRET=1) the twins run in the interpreter, on smaller
 shapes.
 """
 
