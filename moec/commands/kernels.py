@@ -31,7 +31,8 @@ def emitted(target: str) -> Rows:
 def explained(spec: str, target: str, tokens: list[int]) -> Rows:
     """The best schedule of each grouped product of ``spec`` for these numbers of tokens, and its terms in µs.
 
-    Of products that the tuning file builds go by has, what a build takes at these. Raises BadOption where the target has no schedules.
+    Of products that were measured, by the tuning file that builds go by, what a build takes there. Raises
+    BadOption where the target has no schedules.
     """
     from moec import codegen, models, passes
     from moec.codegen.choosing import choose_by, measured, pick
