@@ -173,7 +173,7 @@ class Problem:
 
 
 def space(problem: Problem, device: GPU) -> list[Schedule]:
-    """Every schedule that the model may pick: within shared memory, and no spills (sm_120a: a few stores)."""
+    """Every schedule that the model may pick: within shared memory, and no spills."""
     known = GPUS.get(device.name) is device
     return list(_space_of_target(problem, device.name) if known else _space(problem, device))
 

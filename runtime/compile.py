@@ -31,7 +31,7 @@ from moec.runtime.sass import facts, parameters, tool, triton_folder
 from moec.runtime.workers import Worker
 
 # Part of every key: one more whenever what an entry holds changes.
-FORMAT = 1
+FORMAT = 2
 # The pointers that Triton appends to a kernel's parameters, in order, whatever their size. 3.6 to 3.9 have
 # both.
 HIDDEN = ("global_scratch", "profile_scratch")
@@ -105,7 +105,7 @@ class Request:
         options = {
             "num_warps": self.warps,
             "num_stages": self.stages,
-            "maxnreg": self.maxnreg,
+            "maxnreg": self.maxnreg or family(self.arch).maxnreg,
             "enable_fp_fusion": self.fp_fusion,
         }
         return {

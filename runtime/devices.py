@@ -15,6 +15,7 @@ class Family:
     arch: str  # as ptxas spells it; an a at the end: this very capability and no later one
     shared: int  # bytes of shared memory that one block may have, those that it must ask for included
     tensor_memory: int = 0  # columns of tensor memory, 4 bytes * 128 lanes each
+    maxnreg: int | None = None  # registers a thread at most, where a kernel doesn't say
 
     @property
     def number(self) -> int:
@@ -37,7 +38,8 @@ FAMILIES = {
         Family("sm_89", 101_376),
         Family("sm_90a", 232_448),
         Family("sm_100a", 232_448, tensor_memory=512),
-        Family("sm_120a", 101_376),
+        # Untold, ptxas keeps to fewer registers here and spills a few of them.
+        Family("sm_120a", 101_376, maxnreg=255),
     ]
 }
 

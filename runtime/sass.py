@@ -22,7 +22,9 @@ from typing import Any
 from moec.errors import CompileFailed, CompilerMissing
 
 # `/*0250*/  @!P0 LDG.E.128 R4, desc[UR6][R2.64] ;`: the address, a predicate, the instruction.
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", re.MULTILINE)
+# `STL.64 [R1], RZ` keeps no register: for sm_120 ptxas has one before each copy by descriptor.
+_ZERO = re.compile(r"\], RZ\b")
 # HGMMA.64x128x16.F32.BF16, QGMMA, HMMA.16816.F32, IMMA, QMMA, DMMA, UTCHMMA, UTCQMMA.2CTA.
 _MATRIX = re.compile(r"(?:UTC)?[A-Z]{1,3}MMA\b")
 _SHAPE = re.compile(r"\d+(?:x\d+){2}|\d{4,6}")
@@ -115,9 +117,11 @@ def facts(cubin: bytes, shared: int = 0) -> KernelFacts:
 def count(sass: str) -> dict[str, Counter[str]]:
     """The instructions of disassembled code by kind: all, matrix, loads, stores, atomics, ..."""
     counts: dict[str, Counter[str]] = {"all": Counter()}
-    for instruction in _INSTRUCTION.findall(sass):
+    for instruction, operands in _INSTRUCTION.findall(sass):
         name = instruction.partition(".")[0]
         counts["all"][name] += 1
+        if name == "STL" and _ZERO.search(operands):
+            continue
         for kind, label in _kinds(instruction, name):
             counts.setdefault(kind, Counter())[label] += 1
     return counts

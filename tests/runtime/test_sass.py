@@ -78,11 +78,12 @@ def test_instructions_are_counted_by_kind() -> None:
         /*00d0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
         /*00e0*/                   STG.E.64 desc[UR4][R2.64], R4 ;
         /*00f0*/                   FFMA R2, R3, R4, R5 ;
-        /*0100*/                   WARPGROUP.ARRIVE ;
-        /*0110*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0100*/              @!P1 STL.64 [R1+0x8], RZ ;
+        /*0110*/                   WARPGROUP.ARRIVE ;
+        /*0120*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
     """
     counts = count(text)
-    assert sum(counts.pop("all").values()) == 18
+    assert sum(counts.pop("all").values()) == 19
     assert counts == {
         "loads": {"LDG.16": 1, "LDG.128": 1, "LDG.32": 1, "LDGSTS.128": 1, "UTMALDG.3D": 1},
         "matrix": {"QGMMA.64x64x32": 1, "UTCQMMA": 1},
