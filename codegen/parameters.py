@@ -34,6 +34,7 @@ KINDS = {
     ("hash_route", "table"): "experts",
     ("route", "bias"): "bias",
     ("route_sort", "bias"): "bias",
+    ("route_sort_and_quant", "bias"): "bias",
     ("scaled", "scale"): "scale",
 }
 

@@ -185,7 +185,8 @@ class Op:
         super().__init_subclass__(**kwargs)
         if name is None:
             return
-        fields = [f for base in reversed(cls.__mro__) for f in vars(base).values()]
+        # By name: one that a subclass declares anew keeps its place.
+        fields = {n: f for base in reversed(cls.__mro__) for n, f in vars(base).items()}.values()
         cls.name, cls.effects = name, frozenset(effects)
         cls.operand_specs = tuple(f for f in fields if isinstance(f, operand))
         cls.result_specs = tuple(f for f in fields if isinstance(f, result))

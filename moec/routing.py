@@ -16,7 +16,8 @@ import torch
 from moec.ir.op import Op
 from moec.ir.ops.moe import SortByExpert
 
-ROUTERS = ("route", "route_sort")  # those that a rounding may turn: no hash_route
+# Those that a rounding may turn: no hash_route.
+ROUTERS = ("route", "route_sort", "route_sort_and_quant")
 _NUMBER = re.compile(r"(\d+)\.(?!.*\d+\.)")  # the last in a scope
 # Parts of the tolerance that may explain a choice.
 STEPS = (0.0, 1 / 64, 1 / 16, 1 / 4, 1.0)
@@ -70,7 +71,7 @@ class Injection:
         w, id = torch.where(flipped[:, None], other_w, w), torch.where(flipped[:, None], other_id, id)
         if op.name == "route":
             return w, id
-        return w, id, *SortByExpert.reference(id, experts=len(results[3]) - 1)
+        return w, id, *SortByExpert.reference(id, experts=len(results[3]) - 1), *results[4:]
 
     def _explained(self, op: Op, operands: list[Any], chosen: torch.Tensor) -> torch.Tensor:
         """[T] whether the choice would be the router's, were its logits a little higher, the others lower.

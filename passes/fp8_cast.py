@@ -68,7 +68,7 @@ def no_router(m: Match) -> str:
     while todo:
         value = todo.pop()
         for user in m.function.users(value):
-            if isinstance(user, Route | HashRoute):
+            if isinstance(user, Route | HashRoute) and user.operands[0] is value:
                 return f"{value.text} are a router's scores"
             if user.name == "cast":
                 todo += user.results

@@ -60,7 +60,7 @@ def _pipeline(level: int, target: str, fp8: list[str]) -> list[str]:
         *fp8,
         # What is computed together: on GPUs, which pay for every trip to memory.
         *(["permute-fusion{route_sort=true,combine=true}", "norm-fusion"] if target != "cpu" else []),
-        *(["rope-cache-fusion"] if target != "cpu" else []),
+        *(["sort-quant-fusion", "rope-cache-fusion"] if target != "cpu" else []),
         # A further entry: what @step is for few new tokens.
         "decode-entry",
         *last,

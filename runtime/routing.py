@@ -28,7 +28,7 @@ from moec.errors import BadInput, OutputUnwritable
 
 # Ops whose kernels choose experts; their first two results are w [N, k] and id [N, k]. A kernel stands in the
 # file that is called as its op, with _2 behind it where PyTorch and Triton would share one.
-ROUTERS = ("route", "route_sort", "hash_route")
+ROUTERS = ("route", "route_sort", "route_sort_and_quant", "hash_route")
 ENTRIES = ("step", "decode", "forward")
 
 

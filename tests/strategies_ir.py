@@ -475,8 +475,17 @@ def _merge_rows(g: Graph) -> Any:
 
 
 # Experts.
-@draws("route", "route_sort")
+def _beside(g: Graph, name: str) -> tuple[list[Value], dict[str, Any]]:
+    """What an op takes beside its sort where it quantises, and how."""
+    if not name.endswith("_and_quant"):
+        return [], {}
+    how = {"quant": g.draw(of([(1, 2), (1, 0), (0, 0)])), "quant_scale": g.draw(FORMATS)}
+    return [g.fresh(g.draw(of([f32, bf16])), N, g.draw(small))], how
+
+
+@draws("route", "route_sort", "route_sort_and_quant")
 def _route(g: Graph, name: str = "route") -> Any:
+    x, how = _beside(g, name)
     groups, each = g.draw(of([1, 2, 3])), g.draw(of([2, 3]))
     kept, experts = g.draw(st.integers(1, groups)), groups * each
     k = g.draw(st.integers(1, kept * each))
@@ -484,6 +493,7 @@ def _route(g: Graph, name: str = "route") -> Any:
         name,
         g.x(N, experts),
         g.param(f32, experts) if g.draw(st.booleans()) else None,
+        *x,
         score=g.draw(of(["softmax", "sigmoid", "sqrtsoftplus"])),
         k=k,
         renorm=g.draw(st.booleans()),
@@ -494,6 +504,7 @@ def _route(g: Graph, name: str = "route") -> Any:
         masked=g.draw(of(["zero", "neginf"])),
         dtype=g.draw(of([f32, bf16])),
         shared=(shared := g.draw(of([0, 0, 2]))),
+        **how,
     )
     g.routed.append((w, id, experts + shared, k + shared))
     return w, id, *order
@@ -533,9 +544,13 @@ def _expert_slots(g: Graph, choice: tuple[Value, Value, int, int] | None = None)
     return g.op("expert_slots", id, expert, rows=f"R{len(g.args)}")
 
 
-@draws("sort_by_expert")
-def _sort_by_expert(g: Graph) -> Any:
-    return _sorted(g)[0]
+@draws("sort_by_expert", "sort_by_expert_and_quant")
+def _sort_by_expert(g: Graph, name: str) -> Any:
+    if name == "sort_by_expert":
+        return _sorted(g)[0]
+    _, id, routed, _ = _choice(g)
+    x, how = _beside(g, name)
+    return g.op(name, id, *x, experts=g.draw(st.integers(1, routed)), **how)
 
 
 def _sorted(g: Graph) -> tuple[tuple[Value, Value], Value, int, int]:
@@ -545,10 +560,11 @@ def _sorted(g: Graph) -> tuple[tuple[Value, Value], Value, int, int]:
     return g.op("sort_by_expert", id, experts=experts), w, experts, k
 
 
-@draws("local_experts", "local_sort")
+@draws("local_experts", "local_sort", "local_sort_and_quant")
 def _local_experts(g: Graph, name: str) -> Any:
     w, id, routed, _ = _choice(g)
-    return g.op(name, w, id, first=g.draw(st.integers(0, routed)), experts=g.draw(small))
+    x, how = _beside(g, name)
+    return g.op(name, w, id, *x, first=g.draw(st.integers(0, routed)), experts=g.draw(small), **how)
 
 
 @draws("gather_rows")

@@ -71,7 +71,7 @@ def not_fp32(op: Op) -> list[str]:
     return [f"it is {' and '.join(sorted(map(str, floats)))}, not fp32"] if floats != {f32} else []
 
 
-def scaled(op: Op) -> list[str]:
+def has_scales(op: Op) -> list[str]:
     """A reason where an operand has scales, or a result."""
     types = [v.type for v in (*op.operands, *op.results) if v is not None]
     return [f"{t} has scales" for t in types if isinstance(t, TensorType) and t.scale][:1]

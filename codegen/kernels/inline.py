@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.codegen.kernels import Inline, quantises, register, scaled
+from moec.codegen.kernels import Inline, has_scales, quantises, register
 from moec.codegen.render import number
 from moec.errors import InternalError
 from moec.ir.op import Op
@@ -131,8 +131,8 @@ def _stack(op: Op, args: list[Any]) -> str:
 
 
 register(
-    Inline("linear", _linear, reasons=scaled),
-    Inline("head_linear", _head_linear, reasons=scaled),
+    Inline("linear", _linear, reasons=has_scales),
+    Inline("head_linear", _head_linear, reasons=has_scales),
     Inline("embedding", _embedding),
     Inline("rms_norm", _rms_norm, reasons=quantises),
     Inline("reshape", _reshape),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.codegen.kernels import Templated, not_fp32, quantises, register, scaled
+from moec.codegen.kernels import Templated, has_scales, not_fp32, quantises, register
 from moec.ir.op import Op
 from moec.ir.ops.rope import rope_frequencies
 from moec.ir.types import TILE, CacheType, f32
@@ -30,7 +30,7 @@ def _shape(op: Op, operand: int) -> Any:
     return op.operands[operand].type.shape  # type: ignore[union-attr]
 
 
-def _route(op: Op) -> dict[str, Any]:
+def route(op: Op) -> dict[str, Any]:
     return dict(op.attrs) | {"experts": _shape(op, 0)[1], "bias": op.operands[1] is not None}
 
 
@@ -126,7 +126,7 @@ def _product(op: str, constants: Any) -> tuple[Templated, Templated]:
     """A product by experts: in fp32 on the CPU through the kernel of ``linear``, else PyTorch's own."""
     return (
         _kernel(op, constants, reasons=not_fp32, calls="linear", name=f"onednn.{op}", targets=("cpu",)),
-        _kernel(op, lambda op: constants(op) | {"linear": ""}, reasons=scaled),
+        _kernel(op, lambda op: constants(op) | {"linear": ""}, reasons=has_scales),
     )
 
 
@@ -155,8 +155,8 @@ register(
         lambda op: dict(op.attrs) | {"rank": op.operands[0].type.rank, "dtype": op.operands[0].type.dtype},
     ),
     _kernel("hash_route", lambda op: dict(op.attrs) | {"experts": _shape(op, 0)[1]}),
-    _kernel("route", _route),
-    _kernel("route_sort", _route),
+    _kernel("route", route),
+    _kernel("route_sort", route),
     _kernel("local_experts"),
     _kernel("local_sort"),
     _kernel("sort_by_expert"),

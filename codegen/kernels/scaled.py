@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from moec.codegen.kernels import Templated, quantises, register
-from moec.codegen.kernels.python import add_rms_norm, combine, gather_grouped_linear
+from moec.codegen.kernels.python import add_rms_norm, combine, gather_grouped_linear, route
 from moec.ir.op import Op
 from moec.ir.types import TensorType, format_block
 
@@ -62,7 +63,7 @@ def _maxima(type: TensorType, block: tuple[int, ...]) -> list[str]:
     return lines
 
 
-def _quant_of(type: TensorType, block: tuple[int, ...], scale: str) -> dict[str, Any]:
+def quant_of(type: TensorType, block: tuple[int, ...], scale: str) -> dict[str, Any]:
     """The constants of the kernel that quantises ``type``."""
     result = type.with_(scale=block)
     stacked = type.rank > len(block) > 1 and all(isinstance(d, int) for d in type.shape)
@@ -77,7 +78,7 @@ def _quant_of(type: TensorType, block: tuple[int, ...], scale: str) -> dict[str,
 
 
 def _quant(op: Op) -> dict[str, Any]:
-    return _quant_of(_type(op, 0), op.attrs["block"], op.attrs["scale"])
+    return quant_of(_type(op, 0), op.attrs["block"], op.attrs["scale"])
 
 
 def _epilogue(op: Op) -> dict[str, Any]:
@@ -85,7 +86,20 @@ def _epilogue(op: Op) -> dict[str, Any]:
     y = op.results[-1].type
     if not isinstance(y, TensorType):
         raise TypeError(f"{op.results[-1]} is no tensor")
-    return _quant_of(y.with_(scale=None), op.attrs["quant"], op.attrs["scale"])
+    return quant_of(y.with_(scale=None), op.attrs["quant"], op.attrs["scale"])
+
+
+def _sort_and_quant(sort: str, op: Op) -> dict[str, Any]:
+    if sort == "route_sort":
+        given, made = ["logits", *(["bias"] if op.operands[1] is not None else [])], route(op)
+    else:
+        given, made = [spec.name for spec in op.operand_specs[:-1]], dict(op.attrs)
+    return made | {"sort": sort, "given": ", ".join(given), "quant": ""}
+
+
+def _beside(op: Op) -> dict[str, Any]:
+    """The constants of the quantisation of ``op``'s last operand."""
+    return quant_of(_type(op, -1), op.attrs["quant"], op.attrs["quant_scale"])
 
 
 def _dequant(op: Op) -> dict[str, Any]:
@@ -258,5 +272,15 @@ register(
         add_rms_norm,
         calls="quant",
         called=_epilogue,
+    ),
+    *(
+        Templated(
+            f"{sort}_and_quant",
+            f"{FOLDER}/sort_and_quant.py.jinja",
+            partial(_sort_and_quant, sort),
+            calls="quant",
+            called=_beside,
+        )
+        for sort in ("route_sort", "local_sort", "sort_by_expert")
     ),
 )

@@ -60,6 +60,17 @@ def _reasons(op: Op) -> list[str]:
     return found
 
 
+def beside_reasons(op: Op) -> list[str]:
+    """Against quantising x, an operand of ``op``, as that op's ``quant`` says, beside what else it does."""
+    x, block = tensor(op.x), op.attrs["quant"]  # type: ignore[attr-defined]
+    found = not_static(K=x.shape[1]) + not_float(x)
+    if block != QUANT_BLOCK:
+        found.append(f"quant is {format_block(block)}: the kernel does {format_block(QUANT_BLOCK)}")
+    elif not found and x.shape[1] == 0:
+        found.append("K is 0")
+    return found
+
+
 register(
     TritonKernel(
         "quant",

@@ -14,12 +14,16 @@ from moec.codegen.kernels.triton import (
     signature_lines,
     tensor,
 )
-from moec.ir.devices import GPU
+from moec.codegen.kernels.triton_quant import beside_reasons
+from moec.ir.devices import GPU, GPUS
 from moec.ir.op import Op, Value
+from moec.ir.ops.expert_parallel import LocalExperts
 from moec.ir.types import TensorType
 
 # Beyond, a chunk's counts no longer fit into a program's registers.
 MOST_EXPERTS = 2047
+# Rows of the tiles that a program quantises beside a sort: wide copies for each of its warps.
+QUANTISED_ROWS = 16
 # Beyond, a token's scores take too many registers of the one program that chooses.
 MOST_SCORED = 1024
 
@@ -27,8 +31,9 @@ MOST_SCORED = 1024
 def _sort(op: Op, device: GPU) -> dict[str, Any]:
     experts = op.attrs["experts"]
     # One bin an expert, one for ids that are none; a power of two, as Triton's ranges are.
-    *w, id = op.operands
+    id, w = op.id, _weights(op)  # type: ignore[attr-defined]
     return {
+        "quant": False,
         "experts": experts,
         "first": op.attrs.get("first", 0),
         "keep": bool(w),
@@ -38,20 +43,39 @@ def _sort(op: Op, device: GPU) -> dict[str, Any]:
     }
 
 
+def _weights(op: Op) -> list[Value]:
+    """The choices' weights, where a sort takes them."""
+    return [op.w] if isinstance(op, LocalExperts) else []
+
+
 def _sort_reasons(op: Op) -> list[str]:
-    experts, (*w, _) = op.attrs["experts"], op.operands
-    found = not_float(*(tensor(v) for v in w))
+    experts = op.attrs["experts"]
+    found = not_float(*(tensor(v) for v in _weights(op)))
     return found + ([f"{experts} experts, more than {MOST_EXPERTS}"] if experts > MOST_EXPERTS else [])
 
 
+def _quantised(op: Op) -> dict[str, Any]:
+    """What the templates ask of x, the last operand, to quantise it beside a sort."""
+    x = tensor(op.operands[-1])
+    return {
+        "quant": True,
+        "x_type": pointer(x.dtype),
+        "depth": x.shape[1],
+        "pieces": -(-int(x.shape[1]) // 128),  # of a row: each has a scale
+        "block_m": QUANTISED_ROWS,
+        "ue8m0": op.attrs["quant_scale"] == "ue8m0",
+    }
+
+
 def _route(op: Op, device: GPU) -> dict[str, Any]:
-    logits, bias = op.operands
+    logits, bias, *_ = op.operands
     experts = tensor(logits).shape[1]
     groups = op.attrs["groups"]
     size = experts // groups
     every = experts + op.attrs["shared"]
     padded = _power_of_two(groups) * _power_of_two(size)
     return dict(op.attrs) | {
+        "quant": False,
         "experts": experts,
         "size": size,
         "bins": 1 << every.bit_length(),
@@ -72,7 +96,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _route_reasons(op: Op) -> list[str]:
-    logits, bias = op.operands
+    logits, bias, *_ = op.operands
     types = [tensor(v) for v in (logits, bias) if v is not None]
     reasons = not_static(E=types[0].shape[1]) + not_float(*types)
     if op.attrs["dtype"].name not in FLOATS:
@@ -142,10 +166,32 @@ def _combine_reasons(op: Op) -> list[str]:
     return not_static(k=tensor(w).shape[1], H=tensor(rows).shape[1]) + not_float(*types)
 
 
+QUANTISING = ("triton/expert_of.py.jinja", "triton/quantize.py.jinja")
+FP8 = tuple(name for name, device in GPUS.items() if device.fp8)
+
 register(
     TritonKernel("route", "triton/route.py.jinja", _route, _route_reasons),
     TritonKernel(
         "route_sort", "triton/route_sort.py.jinja", _route, _route_reasons, ("triton/expert_of.py.jinja",)
+    ),
+    TritonKernel(
+        "route_sort_and_quant",
+        "triton/route_sort.py.jinja",
+        lambda op, device: _route(op, device) | _quantised(op),
+        lambda op: _route_reasons(op) + beside_reasons(op),
+        QUANTISING,
+        FP8,
+    ),
+    *(
+        TritonKernel(
+            f"{op}_and_quant",
+            "triton/sort_by_expert.py.jinja",
+            lambda op, device: _sort(op, device) | _quantised(op),
+            lambda op: _sort_reasons(op) + beside_reasons(op),
+            QUANTISING,
+            FP8,
+        )
+        for op in ("sort_by_expert", "local_sort")
     ),
     TritonKernel("hash_route", "triton/hash_route.py.jinja", _hash_route, _hash_route_reasons),
     *(

@@ -47,6 +47,11 @@ def _type(op: Op, operand: int) -> Any:
     return value.type
 
 
+def _ids(op: Op) -> Any:
+    """The type of the choices that a sort is of."""
+    return op.id.type  # type: ignore[attr-defined]
+
+
 def _linear(op: Op) -> Amount:
     """Copies in the dtype of the product, and the product before it's rounded."""
     types: list[Any] = [v.type for v in (*op.operands, *op.results) if v is not None]
@@ -104,13 +109,13 @@ def _gathered(op: Op) -> Amount:
 
 def _sorted(op: Op) -> Amount:
     """Ids without strangers, sorted ids and their places in 64 bits; the experts' numbers."""
-    return bytes_as(_type(op, -1), 128) + Amount.of(4 * (op.attrs["experts"] + 1))
+    return bytes_as(_ids(op), 128) + Amount.of(4 * (op.attrs["experts"] + 1))
 
 
 def _counts(op: Op) -> Amount:
     """Each chunk's count of each bin."""
     bins = 32 << op.attrs["experts"].bit_length()  # in bits
-    return bytes_as(_type(op, -1), bins) * (1 / 1024) + Amount.of(bins // 8)
+    return bytes_as(_ids(op), bins) * (1 / 1024) + Amount.of(bins // 8)
 
 
 def _counts_of_blocks(op: Op) -> Amount:
@@ -176,7 +181,9 @@ WORKSPACE: dict[str, Workspace] = {
     "torch.swiglu": _swiglu,
     "torch.route": times(0, 7 * 32),  # scores, and what is sorted by them
     "torch.sort_by_expert": _sorted,
+    "torch.sort_by_expert_and_quant": lambda op: wide_copies(op) + _sorted(op),
     "torch.local_sort": lambda op: wide_copies(op) + _sorted(op),
+    "torch.local_sort_and_quant": lambda op: wide_copies(op) + _sorted(op),
     "torch.cache_read": _read,
     "torch.paged_attention": _paged,
     "torch.latent_attention": _paged,
@@ -184,8 +191,11 @@ WORKSPACE: dict[str, Workspace] = {
     "torch.take_rows": nothing,
     "torch.merge_rows": nothing,
     "triton.sort_by_expert": _counts,
+    "triton.sort_by_expert_and_quant": _counts,
     "triton.local_sort": _counts,
+    "triton.local_sort_and_quant": _counts,
     "cuda.route_sort": _counts_of_blocks,
+    "cuda.route_sort_and_quant": _counts_of_blocks,
     "triton.combine": _places,
     "triton.grouped_linear_combine": lambda op: _by_slot(op) + _split(op),
     "triton.fp8_grouped_linear_combine": lambda op: _by_slot(op) + _split(op),

@@ -1,4 +1,7 @@
-"""CUDA kernels on the CPU: their very sources, compiled by g++ behind a header that emulates threads."""
+"""CUDA kernels on the CPU: their very sources, compiled by g++ behind a header that emulates threads.
+
+Only what they say in PTX is replaced.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,12 @@ COMPILER = shutil.which("g++")
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off"]
 # What is undefined ends the kernel with an error, not the process.
 TRAPS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-fno-sanitize=alignment"]
+# What kernels say in PTX, by what emulator.h has for it.
+PTX = {
+    'asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));': (
+        "bits = cvt_e4m3x2(high, low);"
+    ),
+}
 _LIBC = ctypes.CDLL(None)
 _FOLDER = Path(mkdtemp(prefix="moec-emulated-"))
 _SCALARS = {"i32": ctypes.c_int32, "u32": ctypes.c_uint32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -46,6 +55,8 @@ def library(source: str, function: str, macros: tuple[tuple[str, Any], ...]) -> 
     """A C function that launches ``function`` of a .cu file."""
     stem = hashlib.sha256(f"{source}{function}{macros}".encode()).hexdigest()[:16]
     file, made = _FOLDER / f"{stem}.cpp", _FOLDER / f"{stem}.so"
+    for ptx, emulated in PTX.items():
+        source = source.replace(ptx, emulated)
     launcher = (
         f'extern "C" const char* emulate(void** arguments, unsigned blocks, unsigned threads, unsigned seed, '
         f"bool cooperative) {{\n"

@@ -135,3 +135,35 @@ def test_blocks_that_meet(tmp_path: Path) -> None:
         assert torch.equal(y[1:], x[1:]) and int(y[0]) == -99 + 200
     with pytest.raises(RuntimeError, match="a block waits for another"):
         launched(body, tmp_path, 0)
+
+
+def test_floats_become_e4m3_as_ptx_has_it(tmp_path: Path) -> None:
+    """To nearest even, saturated: as PyTorch, on floats of all exponents and on both sides of each tie."""
+    source = """\
+extern "C" __global__ void narrow(const float* x, unsigned short* y) {
+    const float low = x[2 * threadIdx.x], high = x[2 * threadIdx.x + 1];
+    unsigned short bits;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+    y[threadIdx.x] = bits;
+}
+"""
+    kernel = CudaKernel(
+        "narrow.cu", "narrow", {"x": "*fp32", "y": "*i16"}, {"v": CudaVariant({}, threads=1024)}
+    )
+    kernel.file = tmp_path / "narrow.cu"
+    kernel.file.write_text(source)
+    every = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (every[1:] + every[:-1]) / 2
+    up, down = (ties.nextafter(torch.tensor(torch.inf)), ties.nextafter(torch.tensor(0.0)))
+    drawn = torch.randint(-(2**31), 2**31, (512,), generator=torch.Generator().manual_seed(0)).int()
+    odd = torch.tensor([torch.nan, torch.inf, 449.0, 464.0, 465.0, 1e30])
+    x = torch.cat([every, ties, up, down, drawn.view(torch.float32), odd])
+    x = torch.cat([x, -x])
+    x = torch.cat([x, x.new_zeros(2048 - len(x))])
+    y = torch.empty(1024, dtype=torch.int16)
+    emulated.launch(kernel, "v", (1,), x, y)
+    expected = torch.where(x.isnan(), x.abs(), x.clamp(-448.0, 448.0)).to(torch.float8_e4m3fn)
+    found = y.view(torch.float8_e4m3fn)
+    nan = x.isnan()
+    assert torch.equal(found.view(torch.uint8)[~nan], expected.view(torch.uint8)[~nan])
+    assert bool((found.view(torch.uint8)[nan] == 0x7F).all())

@@ -20,6 +20,7 @@ from moec.runtime.compile import compile_many
 from moec.runtime.kernel_cache import Cubin
 from moec.runtime.launch import Kernel
 from tests.codegen.triton_kernels import (
+    and_quant,
     combine_op,
     fp8_op,
     grouped_combine_op,
@@ -43,6 +44,7 @@ INTERPRETED = [
     "triton_interpreted_persistent.py",
     "triton_interpreted_few.py",
     "triton_interpreted_gluon.py",
+    "triton_interpreted_sort_quant.py",
 ]
 V3_ROUTER: dict[str, Any] = {"score": "sigmoid", "renorm": True, "scale": 2.5, "groups": 8, "topk_groups": 4}
 V3_ROUTER["group_score"] = "top2sum"
@@ -83,6 +85,9 @@ V3_FP8 = {
     "rms_norm": lambda: norm_op("bf16", 7168, add=False),
     "add_rms_norm": lambda: norm_op("bf16", 7168, add=True),
     "add_rms_norm_and_quant": lambda: norm_op("bf16", 7168, add=True, plain=True),
+    "route_sort_and_quant": lambda: and_quant(V3["route_sort"]("bf16"), "bf16", 7168),
+    "local_sort_and_quant": lambda: and_quant(V3["local_sort"]("f32"), "bf16", 7168),
+    "sort_by_expert_and_quant": lambda: and_quant(V3["sort_by_expert"]("bf16"), "bf16", 7168),
     "gather_grouped_linear": lambda: fp8_op(
         256, 2048, 7168, gather=True, per_row=8, act="silu", quant="fp32"
     ),
@@ -313,6 +318,8 @@ def test_sort_and_combine_on_hopper(tmp_path: Path) -> None:
     cubins |= dict(compiled(route_op("route", 512, 16, "bf16", score="softmax"), None, tmp_path))
     cubins |= dict(compiled(route_op("route", 384, 6, score="sqrtsoftplus"), None, tmp_path))
     cubins |= dict(compiled(V3["hash_route"]("f32"), None, tmp_path))
+    for name in ("route_sort", "local_sort", "sort_by_expert"):
+        cubins |= dict(compiled(V3_FP8[f"{name}_and_quant"](), None, tmp_path))
     assert all(c.facts.spills == 0 for c in cubins.values())
     # Eight rows and what is added, 16 bytes a thread each.
     assert cubins["combine_sum 1024w4"].facts.loads["LDG.128"] >= 9

@@ -16,9 +16,11 @@ from moec.codegen.kernels.triton_grouped import constants_of
 from moec.codegen.kernels.triton_grouped_combine import combined_constants
 from moec.codegen.render import render_python
 from moec.codegen.schedules import Schedule
+from moec.ir import DType, Function, TensorType
 from moec.ir.devices import GPUS
-from moec.ir.op import Op
+from moec.ir.op import Op, op_class
 from moec.ir.text import parse_module
+from moec.ir.types import symbol
 
 
 def grouped_op(
@@ -168,6 +170,15 @@ def route_op(
     type = f"{to}[T,{width}], i32[T,{width}]"
     type += f", i32[{width}*T~{every}], i32[{every + 1}]" if name == "route_sort" else ""
     return op(args, f"{name}(%logits{', %bias' if bias else ''}) {{{given}}}", type)
+
+
+def and_quant(sort: Op, dtype: str, depth: int, scale: str = "fp32", block: tuple[int, ...] = (1, 128)) -> Op:
+    """``sort`` with the quantisation of x [T, depth] beside it."""
+    function = Function("forward")
+    given = [None if v is None else function.add_argument(v.name, v.type) for v in sort.operands]
+    x = function.add_argument("x", TensorType(DType.of(dtype), (symbol("T"), depth)))
+    how = dict(sort.attrs) | {"quant": block, "quant_scale": scale}
+    return function.create(op_class(f"{sort.name}_and_quant")([*given, x], how))
 
 
 def hash_route_op(

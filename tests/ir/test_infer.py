@@ -103,6 +103,11 @@ GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
         {"first": 64, "experts": 64},
         "f32[N,8], i32[N,8], i32[8*N~64], i32[65]",
     ),
+    "local_sort_and_quant": (
+        ["f32[N,8]", "i32[N,8]", "bf16[N,7168]"],
+        {"first": 64, "experts": 64, "quant": (1, 128)},
+        "f32[N,8], i32[N,8], i32[8*N~64], i32[65], f8e4m3[N,7168]@s1x128",
+    ),
     "merge_rows": (["bf16[M,4]", "i32[M]", "bf16[N-M,4]", "i32[N-M]"], {}, "bf16[N,4]"),
     "mul": (["bf16[1,4]", "bf16[N,1]"], {}, "bf16[N,4]"),
     "norm_rope": (
@@ -128,6 +133,11 @@ GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
         {"score": "sigmoid", "k": 8, "shared": 1},
         "f32[N,9], i32[N,9], i32[9*N~257], i32[258]",
     ),
+    "route_sort_and_quant": (
+        ["f32[N,256]", "_", "bf16[N,7168]"],
+        {"score": "sigmoid", "k": 8, "quant": (1, 128), "quant_scale": "ue8m0"},
+        "f32[N,8], i32[N,8], i32[8*N~256], i32[257], f8e4m3[N,7168]@s1x128",
+    ),
     "scaled": (
         ["f8e4m3[2,576,7168]", "f32[2,5,56]"],
         {"block": (128, 128)},
@@ -136,6 +146,11 @@ GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "scatter_add": (["f32[N,64]", "bf16[R,64]", "i32[R]", "f32[N,8]"], {"per_row": 8}, "f32[N,64]"),
     "sigmoid": (["bf16[N~3,4]"], {}, "bf16[N~3,4]"),
     "sort_by_expert": (["i32[N,8]"], {"experts": 256}, "i32[8*N~256], i32[257]"),
+    "sort_by_expert_and_quant": (
+        ["i32[N,8]", "bf16[N,7168]"],
+        {"experts": 256, "quant": (1, 128)},
+        "i32[8*N~256], i32[257], f8e4m3[N,7168]@s1x128",
+    ),
     "split": (["bf16[N~2,576]"], {"sizes": (512, 64)}, "bf16[N~2,512], bf16[N~2,64]"),
     "split_batch": (
         ["i64[N]", "i32[B+1]", "i32[B]", "i32[B,P]"],
@@ -416,6 +431,8 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("local_experts", {"first": -1}, "experts is 64 and first -1"),
     ("local_sort", {1: "f32[N,8]"}, "%id is f32[N,8], not integers"),
     ("local_sort", {"experts": 0}, "experts is 0 and first 64"),
+    ("local_sort_and_quant", {2: "bf16[M,7168]"}, "T is N in %w but M in %x"),
+    ("local_sort_and_quant", {"experts": 0}, "experts is 0 and first 64"),
     ("merge_rows", {2: "f32[N-M,4]"}, "the dtype is bf16 in %a but f32 in %b"),
     ("merge_rows", {2: "bf16[N-M,5]"}, "a row is bf16[4] in %a but bf16[5] in %b"),
     ("merge_rows", {1: "i32[N]"}, "M is M in %a but N in %a_rows"),
@@ -489,6 +506,9 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("route", {"groups": 64, "topk_groups": 1}, "k is 8, but the groups allow 4"),
     ("route_sort", {"k": 0}, "k is 0 of 256 experts"),
     ("route_sort", {"shared": -1}, "shared is -1"),
+    ("route_sort_and_quant", {2: "i32[N,7168]"}, "%x is i32[N,7168], no floats to quantise"),
+    ("route_sort_and_quant", {2: "bf16[N]"}, "%x is bf16[N], not of rank 2"),
+    ("route_sort_and_quant", {"k": 0}, "k is 0 of 256 experts"),
     ("scatter_add", {0: "bf16[N,64]"}, "%acc is bf16[N,64], but sums are f32"),
     ("scatter_add", {0: "f32[N,63]"}, "H is 63 in %acc but 64 in %rows"),
     ("scatter_add", {0: "f32[M,64]"}, "T is M in %acc but N in %w"),
@@ -498,6 +518,8 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
     ("sort_by_expert", {0: "f32[N,8]"}, "%id is f32[N,8], not integers"),
     ("sort_by_expert", {0: "i32[N]"}, "%id is i32[N], not of rank 2"),
     ("sort_by_expert", {"experts": 0}, "experts is 0"),
+    ("sort_by_expert_and_quant", {"quant": (1, 1, 128)}, "blocks of 1x1x128 don't fit %x, bf16[N,7168]"),
+    ("sort_by_expert_and_quant", {1: "bf16[N,7168,1]"}, "%x is bf16[N,7168,1], not of rank 2"),
     ("split", {"sizes": (512, 63)}, "axis 1 of %x is 576, sizes add up to 575"),
     ("split", {"sizes": (577, -1)}, "sizes are [577, -1]: they must be positive"),
     ("split", {"sizes": ()}, "sizes are []: they must be positive"),

@@ -20,7 +20,7 @@ from moec.passes.instruments import relative_error
 from tests.passes.whole_models import Run, caches
 
 # Ops that choose experts of the logits, their first operand: they give the weights first, then the ids.
-ROUTERS = ("route", "route_sort")
+ROUTERS = ("route", "route_sort", "route_sort_and_quant")
 ENTRY_LIMIT = 8  # new tokens of a sequence that @decode takes
 
 
@@ -55,7 +55,7 @@ class Pinned(Interpreter):
         id = torch.cat([pinned_id[:, :k].to(id.dtype), id[:, k:]], dim=1)
         if sorted_:
             experts = operands[0].shape[1] + op.attrs["shared"]
-            sorted_ = list(SortByExpert.reference(id, experts=experts))
+            sorted_ = [*SortByExpert.reference(id, experts=experts), *sorted_[2:]]
         return (w, id, *sorted_)
 
 

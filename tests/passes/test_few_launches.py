@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 import moec.codegen  # noqa: F401 - select asks it for kernels
 from moec import models
 from moec.codegen.kernels import select
+from moec.ir.devices import GPUS
+from moec.ops import compiled
 from moec.passes import PassManager
 from moec.passes.pipelines import pipeline
 
@@ -28,3 +32,24 @@ def test_deepseek_v3(fp8: bool) -> None:
     assert [op.launches for op in ops[gate + 1 :]] == [1, 1, 1]
     families = [select(op, "sm_90a").family for op in ops[gate + 1 :]]
     assert families == ["cuda", "triton", "triton"]
+
+
+SIZES = {"experts": 256, "hidden": 7168, "width": 4096, "k": 8, "weights": torch.float32}
+ROUTER = (("score", "sigmoid"), ("renorm", True), ("scale", 2.5))
+
+
+@pytest.mark.parametrize("target", [name for name, device in GPUS.items() if device.fp8])
+@pytest.mark.parametrize("form", ["fused", "routed"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_moec_ops(form: str, fp8: bool, target: str) -> None:
+    """In fp8 x is quantised by the launch that sorts."""
+    how: dict[str, Any] = {"blocks": ((128, 128), (128, 128))} if fp8 else {}
+    how |= {"router": ROUTER, "bias": torch.float32} if form == "routed" else {}
+    key = compiled.Key(f"{form}_fp8" if fp8 else form, target, False, torch.bfloat16, **SIZES, **how)
+    module = compiled.lower(key)
+    PassManager(pipeline(2, target)).run(module)
+    ops = [op for op in module["forward"].ops if op.launches]
+    sort = "route_sort" if form == "routed" else "local_sort"
+    assert [op.name for op in ops] == [f"{sort}_and_quant" if fp8 else sort, *ROUTED[1:]]
+    families = [select(op, target).family for op in ops]
+    assert families == ["cuda" if form == "routed" else "triton", "triton", "triton"]

@@ -112,6 +112,10 @@ PLANTED: dict[str, tuple[str, Plant]] = {
     "plan": ("canonicalise", annotate_too_much),
     "rope-cache-fusion": ("canonicalise", spoil("latent_cache_write", eps=lambda eps: 1.0)),
     "select": ("canonicalise", annotate_too_much),
+    "sort-quant-fusion": (
+        "canonicalise,expert-grouping,fp8-cast,permute-fusion{route_sort=true}",
+        spoil("route_sort_and_quant", quant_scale=lambda scale: "ue8m0"),
+    ),
 }
 REGISTERED = sorted(name for name, cls in PASSES.items() if cls.__module__.startswith("moec.passes."))
 

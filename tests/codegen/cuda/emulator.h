@@ -7,6 +7,12 @@ struct dim3 {
     unsigned x, y, z;
 };
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+struct uint2 {
+    unsigned x, y;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
 
 #define __global__
 #define __device__
@@ -46,7 +52,19 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+// cvt.rn.satfinite.e4m3: NaN stays, what is too large becomes 448. A value is counted in units of the last bit
+// that e4m3 keeps, 2^(exponent - 3); beside 2^(exponent + 20) a float keeps that bit too, and rounds to it.
+inline unsigned e4m3(float x) {
+    if (x != x) return 0x7f;
+    const float size = fminf(fabsf(x), 448.0f);
+    const unsigned exponent = __float_as_uint(fmaxf(size, 0x1p-6f)) >> 23;  // with a bias of 127
+    const unsigned units = __float_as_uint(__uint_as_float((exponent + 20) << 23) + size) & 0x7fffff;
+    return (__float_as_uint(x) >> 24 & 0x80) | (((exponent - 121) << 3) + units);
+}
+inline unsigned short cvt_e4m3x2(float high, float low) { return (unsigned short)(e4m3(high) << 8 | e4m3(low)); }
 template <class T> T __ldcg(const T* at) { return *at; }
 template <class T> T atomicAdd(T* at, T x) {
     T old = *at;
