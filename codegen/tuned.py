@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.codegen.constants import Constants
+from moec.codegen.json_lines import line_of
 from moec.codegen.ladders import parse_ladder
 from moec.codegen.schedules import Problem, Schedule
 from moec.errors import BadTuning, SourceLoc
@@ -76,11 +77,12 @@ def read_tuning(path: Path, warn: Warn = lambda line: None) -> Tuning:
     given = read_json(path)
     reader = _Reader(path, warn)
     if type(given.get("format")) is not int or given["format"] != FORMAT:
-        raise BadTuning(f"{path} has format {given.get('format')!r}; this moec reads {FORMAT}: tune again")
+        said = f"format {given.get('format')!r}"
+        raise reader.wrong("format", f"{path} has {said}; this moec reads {FORMAT}: tune again")
     device, target = reader.text(given, "device"), reader.text(given, "target")
     versions = {k: str(v) for k, v in reader.get(given, "versions", dict).items()}
     if target not in GPUS:
-        raise BadTuning(f"{path}: target is {target!r}, none of {', '.join(GPUS)}")
+        raise reader.wrong("target", f"target is {target!r}, none of {', '.join(GPUS)}")
     constants = reader.constants(given.get("constants"))
     measured: dict[Problem, dict[float, dict[Schedule, float]]] = {}
     dates: dict[Problem, str] = {}
@@ -131,8 +133,16 @@ class _Reader:
         if not isinstance(value, kind):
             place = f"{where}.{key}".removeprefix(".")
             wanted = {"dict": "an object", "list": "a list", "str": "text"}[kind.__name__]
-            raise BadTuning(f"{self.path}: {place} is {value!r}, not {wanted}"[:300])
+            raise self.wrong(place, f"{place} is {value!r}, not {wanted}")
         return value
+
+    def wrong(self, place: str, message: str) -> BadTuning:
+        """The error about what stands at ``problems[3].points[1]``, with its line."""
+        try:
+            line = line_of(self.path.read_text(encoding="utf-8"), place)
+        except (OSError, ValueError, IndexError):  # the file has changed meanwhile
+            line = 0
+        return BadTuning(message[:300], loc=SourceLoc(str(self.path), line))
 
     def text(self, given: Any, key: str, where: str = "") -> str:
         return str(self.get(given, key, str, where))
@@ -143,7 +153,7 @@ class _Reader:
             return None
         known = {f.name for f in fields(Constants)}
         if not isinstance(given, dict) or not all(_positive(v) for v in given.values()):
-            raise BadTuning(f"{self.path}: constants is {given!r}, not positive numbers"[:300])
+            raise self.wrong("constants", f"constants is {given!r}, not positive numbers")
         if odd := given.keys() - known:
             self.warn(f"{self.path}: no constant of the model is called {', '.join(sorted(odd))}; left out")
         return Constants(**{key: float(value) for key, value in given.items() if key in known})
@@ -160,7 +170,7 @@ class _Reader:
         except TypeError:  # a field is missing
             made = None
         if made is None:
-            raise BadTuning(f"{self.path}: {where}.problem is {given!r}: no product"[:300])
+            raise self.wrong(f"{where}.problem", f"{where}.problem is {given!r}: no product")
         return made
 
     def point(
@@ -168,9 +178,9 @@ class _Reader:
     ) -> tuple[float, str, dict[Schedule, float]]:
         measured, date = self.get(given, "measured", dict, where), self.text(given, "date", where)
         rows = given.get("rows")
-        for what, value in (("rows", rows), *((f"measured[{k!r}]", v) for k, v in measured.items())):
+        for what, value in (("rows", rows), *((f"measured.{k}", v) for k, v in measured.items())):
             if not _positive(value):
-                raise BadTuning(f"{self.path}: {where}.{what} is {value!r}, not a positive number"[:300])
+                raise self.wrong(f"{where}.{what}", f"{where}.{what} is {value!r}, not a positive number")
         found = {}
         for text, seconds in measured.items():
             try:

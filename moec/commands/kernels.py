@@ -23,7 +23,7 @@ def emitted(target: str) -> Rows:
         kernels = serving(op, goal.name)
         first = kernels[0]
         source = "an expression" if isinstance(first, Inline) else first.template
-        family = {"triton": "Triton", "cuda": "CUDA"}.get(first.family, "PyTorch")
+        family = {"triton": "Triton", "gluon": "Gluon", "cuda": "CUDA"}.get(first.family, "PyTorch")
         rows.append([op, family, source, ", ".join(k.name for k in kernels)])
     return ["op", f"on {goal.name}", "from", "kernels, the first that can is taken"], rows
 
@@ -31,13 +31,17 @@ def emitted(target: str) -> Rows:
 def explained(spec: str, target: str, tokens: list[int]) -> Rows:
     """The best schedule of each grouped product of ``spec`` for these numbers of tokens, and its terms in µs.
 
-    Raises BadOption where the target has no schedules.
+    Of products that were measured, by the tuning file that builds go by, what a build takes there. Raises
+    BadOption where the target has no schedules.
     """
     from moec import codegen, models, passes
+    from moec.codegen.choosing import choose_by, measured, pick
     from moec.codegen.kernels import select
     from moec.codegen.kernels.triton import TritonKernel
     from moec.codegen.kernels.triton_grouped import problem
-    from moec.codegen.select import choose
+    from moec.codegen.select import Choice, choose, terms
+    from moec.config import BuildOptions
+    from moec.driver import choosing
     from moec.ir.devices import GPUS
     from moec.ir.ops.moe import ExpertProduct
 
@@ -55,14 +59,27 @@ def explained(spec: str, target: str, tokens: list[int]) -> Rows:
                 shape = problem(op)
                 found.setdefault(shape, op.name)
                 per_token[shape] = _slots_per_token(op)
+    how, device = choosing(BuildOptions.from_environment(), goal.name), GPUS[goal.name]
     rows = []
     for shape, name in found.items():
+        with choose_by(how):
+            rungs = pick(shape, device, specialised=True) if measured(shape, device) else None
         for count in tokens:
-            choice = choose(shape, GPUS[goal.name], count * per_token[shape] / shape.experts)
-            terms = ", ".join(f"{term} {seconds * 1e6:.1f}" for term, seconds in choice.terms.items())
+            each = count * per_token[shape] / shape.experts
+            choice = choose(shape, device, each)
+            if rungs is not None:
+                picked = next(s for below, s in rungs if each < below)
+                choice = Choice(picked, terms(picked, shape, device, each))
             size = f"{shape.experts} × [{shape.matrices * shape.columns}, {shape.depth}] {shape.dtype}"
-            rows.append([name, size, count, str(choice.schedule), f"{choice.seconds * 1e6:.1f}", terms])
+            micro, why = f"{choice.seconds * 1e6:.1f}", _terms(choice)
+            if choice.schedule.form == "specialised":  # which the model doesn't know
+                micro, why = "-", f"measured on {how.tuning.origin(shape)}" if how.tuning else ""
+            rows.append([name, size, count, str(choice.schedule), micro, why])
     return ["op", "weights", "tokens", "schedule", "µs by the model", "terms, µs"], rows
+
+
+def _terms(choice: Any) -> str:
+    return ", ".join(f"{term} {seconds * 1e6:.1f}" for term, seconds in choice.terms.items())
 
 
 def _slots_per_token(op: Any) -> int:

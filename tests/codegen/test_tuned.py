@@ -99,16 +99,24 @@ def test_a_damaged_file_is_refused_by_name(change: dict[str, Any], words: list[s
     [
         ({"rows": 0}, "points[1].rows is 0"),
         ({"rows": 10**400}, "points[1].rows is 1000"),
+        ({"measured": {"rows 64x64x64 w4 s3": 0}}, "points[1].measured.rows 64x64x64 w4 s3 is 0"),
         ({"measured": {"rows 64x64x64 w4 s3": True}}, "is True, not a positive number"),
         ({"measured": []}, "points[1].measured is []"),
         ({"date": None}, "points[1].date is None"),
     ],
 )
-def test_a_damaged_point_is_refused_by_its_place(point: dict[str, Any], words: str, write: Write) -> None:
+def test_a_damaged_point_is_refused_by_its_place_and_line(
+    point: dict[str, Any], words: str, write: Write
+) -> None:
+    ((where, value),) = point.items()
+    where = next(iter(value)) if value and isinstance(value, dict) else where
     problem = json.loads(json.dumps(FIXTURE["problems"][0]))
     problem["points"][1] |= point
     with pytest.raises(BadTuning) as caught:
-        read_tuning(write(problems=[problem]))
+        read_tuning(path := write(problems=[problem]))
+    assert caught.value.loc is not None
+    line = path.read_text(encoding="utf-8").splitlines()[caught.value.loc.line - 1]
+    assert f'"{where}": ' in line and f"{path}:{caught.value.loc.line}" in str(caught.value)
     assert "problems[0]." + words.partition("points")[1] in str(caught.value)
     assert words in str(caught.value)
 

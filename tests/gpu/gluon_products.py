@@ -1,8 +1,9 @@
 """What test_gluon.py runs in a process of its own: ``python gluon_products.py cuda up``.
 
-A kernel of Gluon's against Triton's of the same op, and both against double precision. A barrier's phase that
-is wrong hangs, and what hangs holds the GPU until its process ends. On the CPU (``cpu``, with
-TRITON_INTERPRET=1) the Triton twins run in the interpreter, on smaller shapes.
+A kernel of Gluon's, or a ladder with rungs of Triton's too (``mixed``), against Triton's of the same op, and
+both against double precision. A barrier's phase that is wrong hangs, and what hangs holds the GPU until its
+process ends. On the CPU (``cpu``, with TRITON_INTERPRET=1) the twins run in the interpreter, on smaller
+shapes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moec.codegen.kernels.triton_grouped import problem
-from moec.codegen.schedules import space
+from moec.codegen.schedules import Schedule, space
 from moec.codegen.specialised import specialised
 from moec.ir.devices import GPUS
 from moec.ir.op import Op
@@ -26,22 +27,28 @@ from moec.ir.scaled import Scaled, quantize
 from moec.runtime.compile import compile_many
 from moec.runtime.launch import Kernel
 from tests.codegen import triton_kernels
-from tests.codegen.triton_kernels import fp8_op, gluon_source, grouped_op, source
+from tests.codegen.triton_kernels import fp8_op, gluon_source, grouped_combine_op, grouped_op, source
 
 TARGET = "sm_90a"
 EXPERTS, TOP = 6, 2
 # Columns and depth: several column tiles, and more steps along K than the ring has stages.
 SIZES = {"cuda": (512, 1152), "cpu": (256, 256)}
 TOKENS = {"cuda": (1, 63, 64, 65, 129, 1000, 6000), "cpu": (1, 65)}
+MIXED_TOKENS = (4, 7)  # of the rungs between
 ROUTINGS = ("random", "one", "skew", "skip", "none")
 # Of the result's norm: bf16 keeps 8 bits; e4m3 keeps 4, and what is quantised is a product of quantised ones.
-TOLERANCE = {"up": 4e-3, "down": 4e-3, "up-fp8": 4e-2, "down-fp8": 4e-3}
+TOLERANCE = {"up": 4e-3, "down": 4e-3, "up-fp8": 4e-2, "down-fp8": 4e-3, "mixed": 4e-3}
+TOLERANCE |= {"sum": 4e-3, "sum-fp8": 4e-3, "mixed-sum": 4e-3}
 
 
 def op_of(case: str, columns: int, depth: int) -> Op:
     if case == "up":
         return grouped_op("bf16", EXPERTS, columns, depth, gather=True, per_row=TOP, act="silu")
-    if case == "down":
+    if "sum" in case:
+        how = {"scales": ("1x128", "128x128")} if case == "sum-fp8" else {}
+        dtype = "f8e4m3" if how else "bf16"
+        return grouped_combine_op(dtype, EXPERTS, columns, depth, TOP, plus="bf16", **how)
+    if case in ("down", "mixed"):
         return grouped_op("bf16", EXPERTS, columns, depth, scatter=True)
     if case == "up-fp8":
         return fp8_op(EXPERTS, columns, depth, gather=True, per_row=TOP, act="silu", quant="fp32")
@@ -108,7 +115,14 @@ def operands(case: str, op: Op, tokens: int, device: str) -> Iterator[tuple[str,
             given = [x.to(device, torch.bfloat16), w.to(device, torch.bfloat16)]
             meant = (given[0], given[1])
         given += [slot, off] if p.gathered else [off, slot]
-        yield kind, given, exact(op, *meant, slot, off)
+        wanted = exact(op, *meant, slot, off)
+        if "sum" in case:
+            weights = torch.rand(tokens, TOP, generator=generator).to(device)
+            plus = torch.randn(tokens, p.columns, generator=generator).to(device, torch.bfloat16)
+            given += [weights, plus]
+            rows = wanted.view(tokens, TOP, p.columns)
+            wanted = (weights.double()[:, :, None] * rows).sum(1) + plus.double()
+        yield kind, given, wanted
 
 
 def onto(v: Scaled, device: str) -> Scaled:
@@ -123,13 +137,17 @@ def values(found: Any) -> Tensor:
 
 def check(case: str, device: str) -> None:
     op = op_of(case, *SIZES[device])
-    schedules = specialised(problem(op), GPUS[TARGET])
+    every = specialised(problem(op), GPUS[TARGET])
+    schedules = every[:1]
+    if "mixed" in case:  # by rows an expert: below 1, 2 and 3 of them, and all others
+        few, some = Schedule("swapped", 16, 64, 64, 4, 3), Schedule("rows", 64, 128, 64, 4, 4)
+        schedules = [few, every[-1], some, every[0]]
     rows = [s for s in space(problem(op), GPUS[TARGET]) if s.form == "rows" and s.split == 1]
     most = sorted(rows, key=lambda s: s.persistent)[-1:]  # persistent where they may be
     with tempfile.TemporaryDirectory() as folder:
-        gluon = built(op, gluon_source(op, schedules[:1]), Path(folder) / "gluon", device)
+        gluon = built(op, gluon_source(op, schedules), Path(folder) / "gluon", device)
         triton = built(op, source(op, TARGET, most), Path(folder) / "triton", device)
-        for tokens in TOKENS[device]:
+        for tokens in TOKENS[device] + MIXED_TOKENS * ("mixed" in case):
             for kind, given, wanted in operands(case, op, tokens, device):
                 found, twice, peer = gluon(*given), gluon(*given), triton(*given)
                 norm = wanted.norm()

@@ -150,6 +150,31 @@ def test_moec_shows_it(file: Path, tmp_path: Path, cli: Cli, uncompiled_build: N
     assert [line.split()[-1] for line in done.out.splitlines() if "grouped_linear" in line] == ["Gluon"] * 2
 
 
+def test_the_explanation_says_it(
+    file: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "mine.py"
+    model.write_text(LAYER, encoding="utf-8")
+    how = ("list", "kernels", "--explain", f"{model}:layer", "--tokens", "1,2048", "--json")
+    monkeypatch.setenv("MOEC_TUNING", "none")
+    plain = json.loads(cli(*how).out)
+    assert not [row for row in plain if row["schedule"].startswith("specialised")]
+    monkeypatch.setenv("MOEC_TUNING", str(file))
+    for row in json.loads(cli(*how).out):
+        mine = row["schedule"].startswith("specialised")
+        assert mine == (row["tokens"] == 2048) == row["terms, µs"].startswith("measured on NVIDIA H100")
+        assert (row["µs by the model"] == "-") == mine
+
+
+LAYER = """
+from moec import models
+
+router = models.Router(experts=16, top_k=4, renorm=True)
+block = models.MoE(router, models.Experts(count=16, intermediate=384))
+layer = models.Layer(block, hidden=512, dtype="bf16", name="layer")
+"""
+
+
 def test_the_family_that_goes_first_is_one(tmp_path: Path, uncompiled_build: None) -> None:
     """It forces Gluon's where there are any, says that there are none, and refuses what isn't one."""
     given = moec.BuildOptions(cache=str(tmp_path / "cache"), force=True, kernels="gluon")
