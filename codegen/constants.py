@@ -30,3 +30,4 @@ class Constants:
 
 
 ASSUMED = Constants()
+SHARES = {"triton", "shows"}  # they are 1 at most

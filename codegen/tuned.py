@@ -31,14 +31,13 @@ A build reads ``device``, ``target``, ``versions``, ``constants`` and of each po
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moec.codegen.constants import Constants
+from moec.codegen.constants import ASSUMED, SHARES, Constants
 from moec.codegen.json_lines import line_of
 from moec.codegen.ladders import parse_ladder
 from moec.codegen.schedules import Problem, Schedule
@@ -46,6 +45,10 @@ from moec.errors import BadTuning, SourceLoc
 from moec.ir.devices import GPUS
 
 FORMAT = 1
+# Of what is assumed, a constant is at most so many times as much, or so many times less: else it's no
+# device's.
+BELIEVED = 1000.0
+MOST_ROWS = 2.0**31  # an expert; offsets are of 32 bits
 SHIPPED = Path(__file__).parent / "tuning"
 
 Warn = Callable[[str], None]
@@ -93,6 +96,9 @@ def read_tuning(path: Path, warn: Warn = lambda line: None) -> Tuning:
             continue
         for at, point in enumerate(reader.get(entry, "points", list, where)):
             rows, date, seconds = reader.point(point, problem, target, f"{where}.points[{at}]")
+            if rows in measured.get(problem, {}):
+                place = f"{where}.points[{at}]"
+                raise reader.wrong(f"{place}.rows", f"{place}.rows is {rows:g}, which another point has too")
             if seconds:
                 measured.setdefault(problem, {})[rows] = seconds
                 dates[problem] = max(date, dates.get(problem, ""))
@@ -156,7 +162,13 @@ class _Reader:
             raise self.wrong("constants", f"constants is {given!r}, not positive numbers")
         if odd := given.keys() - known:
             self.warn(f"{self.path}: no constant of the model is called {', '.join(sorted(odd))}; left out")
-        return Constants(**{key: float(value) for key, value in given.items() if key in known})
+        made = {key: float(value) for key, value in given.items() if key in known}
+        for key, value in made.items():
+            assumed = getattr(ASSUMED, key)
+            low, high = assumed / BELIEVED, 1.0 if key in SHARES else assumed * BELIEVED
+            if not low <= value <= high:
+                raise self.wrong(f"constants.{key}", f"{key} is {value:g}, not between {low:g} and {high:g}")
+        return Constants(**made)
 
     def problem(self, given: dict[str, Any], where: str) -> Problem | None:
         kinds = {f.name: str(f.type) for f in fields(Problem)}
@@ -165,6 +177,7 @@ class _Reader:
             self.warn(f"{self.path}: {where} has {', '.join(sorted(odd))}, unknown to this moec; left out")
             return None
         wrong = [k for k, v in given.items() if type(v) is not python.get(kinds[k], type(v))]
+        wrong += [k for k, v in given.items() if v == "" or (type(v) is int and v < 1)]
         try:
             made = None if wrong else Problem(**given)
         except TypeError:  # a field is missing
@@ -181,15 +194,19 @@ class _Reader:
         for what, value in (("rows", rows), *((f"measured.{k}", v) for k, v in measured.items())):
             if not _positive(value):
                 raise self.wrong(f"{where}.{what}", f"{where}.{what} is {value!r}, not a positive number")
+        if rows > MOST_ROWS:
+            raise self.wrong(f"{where}.rows", f"{where}.rows is {rows!r}, more than {MOST_ROWS:.0f}")
         found = {}
         for text, seconds in measured.items():
             try:
-                ((below, schedule),) = parse_ladder(text, problem, GPUS[target])
+                rungs = parse_ladder(text, problem, GPUS[target])
             except ValueError as error:
                 self.gone.append(str(error))
                 continue
-            if math.isinf(below):
-                found[schedule] = float(seconds)
+            if len(rungs) > 1:
+                self.gone.append(f"{text!r}: one schedule has these seconds, not several")
+            else:
+                found[rungs[0][1]] = float(seconds)
         return float(rows), date, found
 
 

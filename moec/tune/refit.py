@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moec.codegen.constants import ASSUMED, Constants
+from moec.codegen.constants import ASSUMED, SHARES, Constants
 from moec.codegen.schedules import Problem, Schedule
 from moec.codegen.select import terms
 from moec.codegen.tuned import Tuning
@@ -24,7 +24,6 @@ from moec.ir.devices import GPU
 ENOUGH = 24  # measurements, for a fit that means anything
 MOST = 240  # of more, as many are taken, evenly
 RANGE = 8.0  # a constant is at most so many times what is assumed, or so many times less
-SHARES = {"triton", "shows"}  # constants that are 1 at most
 PRIOR = 1e-4  # what leaving the assumed value by a factor of e costs
 GOLDEN = (math.sqrt(5) - 1) / 2
 

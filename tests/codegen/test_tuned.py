@@ -27,6 +27,8 @@ from tests.codegen.packages import moe_layer
 
 H100 = GPUS["sm_90a"]
 FIXTURE = json.loads(Path(__file__).with_name("tuning").joinpath("made-up.json").read_text(encoding="utf-8"))
+PRODUCT = FIXTURE["problems"][0]
+TWICE = PRODUCT | {"points": [*PRODUCT["points"], PRODUCT["points"][0]]}
 FEW, MANY = Schedule("swapped", 32, 64, 64, 4, 3), Schedule("rows", 64, 64, 64, 4, 4)
 Write = Callable[..., Path]
 
@@ -83,6 +85,14 @@ def test_reading(write: Write) -> None:
         ({"problems": [{"problem": {"experts": "4"}, "points": []}]}, ["problems[0].problem"]),
         ({"constants": {"latency": -1}}, ["not positive numbers"]),
         ({"constants": {"latency": 10**400}}, ["constants is"]),
+        ({"constants": {"latency": 1e300}}, ["latency is 1e+300, not between 1e-09 and 0.001"]),
+        ({"constants": {"triton": 1e-300}}, ["triton is 1e-300, not between 0.00075 and 1"]),
+        ({"constants": {"shows": 1.5}}, ["shows is 1.5, not between 0.0001 and 1"]),
+        ({"problems": [TWICE]}, ["made-up.json:", "points[2].rows is 0.5, which another point has too"]),
+        *(
+            ({"problems": [PRODUCT | {"problem": PRODUCT["problem"] | wrong}]}, ["problems[0].problem"])
+            for wrong in ({"experts": -8}, {"depth": 0}, {"dtype": ""})
+        ),
         ({"format": True}, ["format True", "tune again"]),
         ({"text": '{"format": ' + "1" * 5000 + "}"}, ["no tuning file"]),
     ],
@@ -99,6 +109,7 @@ def test_a_damaged_file_is_refused_by_name(change: dict[str, Any], words: list[s
     [
         ({"rows": 0}, "points[1].rows is 0"),
         ({"rows": 10**400}, "points[1].rows is 1000"),
+        ({"rows": 1e308}, "points[1].rows is 1e+308, more than 2147483648"),
         ({"measured": {"rows 64x64x64 w4 s3": 0}}, "points[1].measured.rows 64x64x64 w4 s3 is 0"),
         ({"measured": {"rows 64x64x64 w4 s3": True}}, "is True, not a positive number"),
         ({"measured": []}, "points[1].measured is []"),
@@ -123,12 +134,14 @@ def test_a_damaged_point_is_refused_by_its_place_and_line(
 
 def test_schedules_that_the_space_hasn_t_are_left_out(write: Write) -> None:
     problem = json.loads(json.dumps(FIXTURE["problems"][0]))
+    ladder = f"<4 rows: {FEW.text}; {MANY.text}"
     problem["points"][0]["measured"] = {"rows 16x64x64 w4 s3": 1e-6, FEW.text: 1e-5, "rows 0x0x0 w0 s0": 1e-7}
+    problem["points"][0]["measured"][ladder] = 1e-8
     odd = problem | {"problem": problem["problem"] | {"colour": 3}}
     said: list[str] = []
     tuning = read_tuning(write(problems=[problem, odd]), said.append)
     assert list(next(iter(tuning.measured.values()))[0.5]) == [FEW]
-    assert len(said) == 2 and "colour" in said[0] and "the slow path, and 1 more" in said[1]
+    assert len(said) == 2 and "colour" in said[0] and "the slow path, and 2 more" in said[1]
 
 
 # Picked.
