@@ -45,7 +45,7 @@ def one_call(adapter: Adapter, name: str, shape: Shape, tokens: int, dtype: torc
     """From logits to y; two inputs in turn."""
     (weights,) = draw_weights(shape, dtype, device, cache=0)
     given = itertools.cycle(draw_inputs(shape, tokens, dtype, device, 0, copies=1))
-    layer = layer_of(name, adapter, weights, shape.top_k)
+    layer = layer_of(name, adapter, weights, shape)
 
     @torch.inference_mode()
     def call() -> torch.Tensor:

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu import deepgemm
+from gpu.modules import attribute
 from gpu.problem import BLOCK, Weights, draw_weights
+from gpu.routers import ROUTERS, torch_router
 from gpu.shapes import Shape
 from gpu.variants import VARIANTS, Experts, Layer, NotHere
 from torch import Tensor
 
 Adapter = Callable[[Weights, int], Experts]  # weights, choices a token
-Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> weights, ids
 
 
 def torch_grouped_mm(given: Weights, top_k: int) -> Experts:
@@ -57,19 +59,21 @@ def transformers_grouped_mm(given: Weights, top_k: int) -> Experts:
 
 
 def liger(given: Weights, top_k: int) -> Experts:
+    """Liger's Triton kernels."""
     function = import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
     return lambda x, weights, ids: function.apply(x, given.w13, given.w2, ids, weights)
 
 
 def vllm(given: Weights, top_k: int) -> Experts:
-    """vLLM's Triton kernels, with whatever configuration it has for this device."""
+    """vLLM's Triton kernels, tuned where it has no configuration for this device."""
     function = import_module("vllm.model_executor.layers.fused_moe").fused_experts
     return lambda x, weights, ids: function(x, given.w13, given.w2, weights, ids)
 
 
 def sglang(given: Weights, top_k: int) -> Experts:
-    module = import_module("sglang.srt.layers.moe.fused_moe_triton.fused_moe")
-    return lambda x, weights, ids: module.fused_experts_impl(x, given.w13, given.w2, weights, ids)
+    """SGLang's Triton kernels, tuned where it has no configuration for this device."""
+    function = sglang_experts()
+    return lambda x, weights, ids: function(x, given.w13, given.w2, weights, ids)
 
 
 def triton_kernels(given: Weights, top_k: int) -> Experts:
@@ -89,14 +93,11 @@ def triton_kernels(given: Weights, top_k: int) -> Experts:
     return run
 
 
-def deep_gemm(given: Weights, top_k: int) -> Experts:
-    """DeepGEMM's contiguous grouped products in bf16: every expert's rows begin at a multiple of 128."""
-    product = _first("deep_gemm", "vllm.third_party.deep_gemm").m_grouped_bf16_gemm_nt_contiguous
-    return padded(given, top_k, product)
-
-
 def vllm_fp8(given: Weights, top_k: int) -> Experts:
-    """vLLM's Triton kernels for block scales; how these are given has changed between its versions."""
+    """vLLM's Triton kernels for block scales, tuned where it has no configuration for this device.
+
+    How the scales are given has changed between its versions.
+    """
     function = import_module("vllm.model_executor.layers.fused_moe").fused_experts
     scales = {"w1_scale": given.w13_scale, "w2_scale": given.w2_scale, "block_shape": [BLOCK, BLOCK]}
     try:
@@ -109,80 +110,26 @@ def vllm_fp8(given: Weights, top_k: int) -> Experts:
 
 
 def sglang_fp8(given: Weights, top_k: int) -> Experts:
-    module = import_module("sglang.srt.layers.moe.fused_moe_triton.fused_moe")
+    """SGLang's Triton kernels for block scales, tuned where it has no configuration for this device."""
+    function = sglang_experts()
     scales = {"w1_scale": given.w13_scale, "w2_scale": given.w2_scale, "block_shape": [BLOCK, BLOCK]}
-    return lambda x, weights, ids: module.fused_experts_impl(
-        x, given.w13, given.w2, weights, ids, use_fp8_w8a8=True, **scales
-    )
+    return lambda x, weights, ids: function(x, given.w13, given.w2, weights, ids, use_fp8_w8a8=True, **scales)
 
 
-def deep_gemm_fp8(given: Weights, top_k: int) -> Experts:
-    """DeepGEMM's contiguous grouped products in fp8, with its own quantisation before each."""
-    module = _first("deep_gemm", "vllm.third_party.deep_gemm")
-    quantise = _first("deep_gemm.utils", "vllm.third_party.deep_gemm.utils").per_token_cast_to_fp8
-
-    def product(a: Tensor, w: Tensor, out: Tensor, group: Tensor) -> None:
-        scale = given.w13_scale if w is given.w13 else given.w2_scale
-        module.m_grouped_fp8_gemm_nt_contiguous(quantise(a, use_ue8m0=False), (w, scale), out, group)
-
-    return padded(given, top_k, product)
-
-
-def torch_router(top_k: int) -> Router:
-    """As transformers' models choose."""
-
-    def run(logits: Tensor) -> tuple[Tensor, Tensor]:
-        weights, ids = logits.softmax(-1).topk(top_k, dim=-1)
-        return weights / weights.sum(-1, keepdim=True), ids.to(torch.int32)
-
-    return run
+def sglang_experts() -> Any:
+    """Its function of everything; newer versions read the settings of a server that serves nothing."""
+    moe = "sglang.srt.layers.moe"
+    modules = (f"{moe}.fused_moe_triton.fused_moe", f"{moe}.moe_runner.triton_utils.fused_moe")
+    function = attribute("fused_experts_impl", *modules)
+    try:
+        settings = import_module("sglang.srt.server_args")
+        settings.set_global_server_args_for_scheduler(settings.ServerArgs(model_path="dummy"))
+    except (ModuleNotFoundError, AttributeError):
+        pass  # it has none yet
+    return function
 
 
-def vllm_router(top_k: int) -> Router:
-    """vLLM's own kernel, which wants the hidden states for their number and device alone."""
-    choose = import_module("vllm.model_executor.layers.fused_moe").fused_topk
-    return lambda logits: choose(logits, logits, top_k, True)[:2]
-
-
-def padded(given: Weights, top_k: int, product: Callable[..., Any], block: int = 128) -> Experts:
-    """Around a ``product(a, w, out, each row's expert)`` whose experts begin at multiples of ``block``."""
-    count, hidden, width = given.w2.shape
-    experts = torch.arange(count, device=given.w2.device, dtype=torch.int32)
-
-    def run(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        owner, order = ids.flatten().sort(stable=True)
-        ends = torch.searchsorted(owner, experts, right=True)
-        sizes = ends.diff(prepend=ends.new_zeros(1))
-        room = (sizes + block - 1) // block * block
-        padded_ends = room.cumsum(0)
-        owner = owner.long()
-        moved = (padded_ends - room - ends + sizes)[owner] + torch.arange(len(owner), device=x.device)
-        most = len(owner) + min(count, len(owner)) * (block - 1)  # whatever is chosen
-        rows = (most + block - 1) // block * block
-        group = torch.searchsorted(padded_ends, torch.arange(rows, device=x.device), right=True)
-        group = torch.where(group < count, group, -1).to(torch.int32)
-        a = x.new_empty(rows, hidden).index_copy_(0, moved, x[order // top_k])
-        gate_up, down = x.new_empty(rows, 2 * width), x.new_empty(rows, hidden)
-        product(a, given.w13, gate_up, group)
-        gate, up = gate_up.chunk(2, dim=-1)
-        product(F.silu(gate) * up, given.w2, down, group)
-        place = torch.empty_like(moved).index_copy_(0, order, moved)
-        by_choice = down[place].view(len(x), top_k, -1).float()
-        return torch.einsum("tk,tkh->th", weights, by_choice).to(x.dtype)
-
-    return run
-
-
-def _first(*modules: str) -> Any:
-    """The first of these that is installed."""
-    for name in modules[:-1]:
-        try:
-            return import_module(name)
-        except ModuleNotFoundError:
-            continue
-    return import_module(modules[-1])
-
-
+DEEP_GEMM: dict[str, Adapter] = {"DeepGEMM": deepgemm.contiguous, "DeepGEMM masked": deepgemm.masked}
 OTHERS: dict[str, Adapter] = {
     "torch grouped_mm": torch_grouped_mm,
     "transformers grouped_mm": transformers_grouped_mm,
@@ -190,21 +137,31 @@ OTHERS: dict[str, Adapter] = {
     "vLLM": vllm,
     "SGLang": sglang,
     "triton_kernels": triton_kernels,
-    "DeepGEMM": deep_gemm,
+    **DEEP_GEMM,
 }
-FP8_OTHERS: dict[str, Adapter] = {"vLLM": vllm_fp8, "SGLang": sglang_fp8, "DeepGEMM": deep_gemm_fp8}
+FP8_OTHERS: dict[str, Adapter] = {"vLLM": vllm_fp8, "SGLang": sglang_fp8, **DEEP_GEMM}
 ADAPTERS: dict[str, Adapter] = {name: v.experts for name, v in VARIANTS.items()} | OTHERS
 FP8_ADAPTERS: dict[str, Adapter] = {name: v.experts for name, v in VARIANTS.items()} | FP8_OTHERS
 
-ROUTERS: dict[str, Callable[[int], Router]] = {"vLLM": vllm_router}  # others choose as PyTorch does
 
-
-def layer_of(name: str, adapter: Adapter, given: Weights, top_k: int) -> Layer:
+def layer_of(name: str, adapter: Adapter, given: Weights, shape: Shape) -> Layer:
     """An implementation from the router's logits on: in one call, or first its router, then its experts."""
     if name in VARIANTS:
-        return VARIANTS[name].layer(given, top_k)
-    experts, route = adapter(given, top_k), ROUTERS.get(name, torch_router)(top_k)
-    return lambda x, logits: experts(x, *route(logits))
+        return VARIANTS[name].layer(given, shape)
+    experts, route = adapter(given, shape.top_k), ROUTERS.get(name, torch_router)(shape, given.bias)
+    return lambda x, logits: experts(x, *route(x, logits))
+
+
+def made_of(name: str, adapter: Adapter) -> dict[str, str]:
+    """What a row is composed of, in words: for those who read its times."""
+    if name in VARIANTS:
+        return {"experts": "moec.ops.fused_experts", "layer": "moec.ops.routed_experts"}
+    experts, router = (first_paragraph(f) for f in (adapter, ROUTERS.get(name, torch_router)))
+    return {"experts": experts, "router": router}
+
+
+def first_paragraph(function: Any) -> str:
+    return " ".join((function.__doc__ or function.__name__).partition("\n\n")[0].split())
 
 
 PEERS = ("transformers", "liger_kernel", "vllm", "sglang", "deep_gemm")  # by the name that is imported

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from gpu.routers import choose, clear
 from gpu.shapes import Shape
 from torch import Tensor
 
@@ -21,12 +22,16 @@ BLOCK = 128  # fp8's scales are of 128 x 128 weights (DeepSeek-V3)
 
 @dataclass(frozen=True)
 class Weights:
-    """Every expert's: w13 [E, 2·I, H], gate rows first, and w2 [E, H, I]; with fp8 their blocks' scales."""
+    """Every expert's: w13 [E, 2·I, H], gate rows first, and w2 [E, H, I]; with fp8 their blocks' scales.
+
+    ``bias`` [E] fp32 is the router's, where it has one.
+    """
 
     w13: Tensor
     w2: Tensor
     w13_scale: Tensor | None = None
     w2_scale: Tensor | None = None
+    bias: Tensor | None = None
 
     def matrix(self, w: Tensor, e: int) -> Tensor:
         """Expert e of w13 or w2 (the one that ``w`` is) in double precision."""
@@ -40,7 +45,7 @@ class Inputs:
 
     copy: int
     x: Tensor
-    logits: Tensor  # [T, E] fp32: of a softmax router that renormalises, which gives these:
+    logits: Tensor  # [T, E] fp32, of which the shape's router in double precision makes these:
     weights: Tensor  # [T, k] fp32
     ids: Tensor  # [T, k] int32
 
@@ -48,6 +53,7 @@ class Inputs:
 def draw_weights(shape: Shape, dtype: torch.dtype, device: str, cache: int) -> list[Weights]:
     """Copies enough that together they hold three times the cache of ``cache`` bytes; mostly that's one."""
     size = shape.weights * dtype.itemsize
+    bias = draw_bias(shape, device)
     copies = max(1, math.ceil(3 * cache / size))
     torch.manual_seed(0)
     made = []
@@ -55,11 +61,19 @@ def draw_weights(shape: Shape, dtype: torch.dtype, device: str, cache: int) -> l
         w13 = torch.empty(shape.experts, 2 * shape.intermediate, shape.hidden, dtype=dtype, device=device)
         w2 = torch.empty(shape.experts, shape.hidden, shape.intermediate, dtype=dtype, device=device)
         if dtype == E4M3:
-            made.append(Weights(w13, w2, fill_fp8(w13, shape.hidden), fill_fp8(w2, shape.intermediate)))
+            made.append(Weights(w13, w2, fill_fp8(w13, shape.hidden), fill_fp8(w2, shape.intermediate), bias))
         else:
             w13.normal_(std=shape.hidden**-0.5)
-            made.append(Weights(w13, w2.normal_(std=shape.intermediate**-0.5)))
+            made.append(Weights(w13, w2.normal_(std=shape.intermediate**-0.5), bias=bias))
     return made
+
+
+def draw_bias(shape: Shape, device: str) -> Tensor | None:
+    """The same for every copy, and so small that no expert is chosen much more often than another."""
+    if not shape.router.biased:
+        return None
+    generator = torch.Generator(device).manual_seed(1)
+    return (torch.rand(shape.experts, generator=generator, device=device) - 0.5) / 100
 
 
 def fill_fp8(w: Tensor, depth: int) -> Tensor:
@@ -85,17 +99,22 @@ def spread(scale: Tensor, shape: torch.Size) -> Tensor:
 def draw_inputs(
     shape: Shape, tokens: int, dtype: torch.dtype, device: str, cache: int, copies: int
 ) -> list[Inputs]:
-    """Rotated through, call after call: as many as read three times the cache, at least 2, at most 32."""
+    """Rotated through, call after call: as many as read three times the cache, at least 2, at most 32.
+
+    No choice is a near tie, which each router would break as its own arithmetic has it.
+    """
     generator = torch.Generator(device).manual_seed(tokens)
     count = min(32, max(2, copies, math.ceil(3 * cache / shape.bytes(tokens, dtype.itemsize))))
     floats = torch.bfloat16 if dtype == E4M3 else dtype
+    bias = draw_bias(shape, device)
     made = []
     for number in range(count):
         x = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(floats)
-        scores = torch.rand(tokens, shape.experts, generator=generator, device=device).clamp_min(1e-6)
-        top, ids = scores.topk(shape.top_k, dim=1)
-        weights = top / top.sum(1, keepdim=True)
-        made.append(Inputs(number % copies, x, scores.log(), weights, ids.to(torch.int32)))
+        logits = torch.randn(tokens, shape.experts, generator=generator, device=device)
+        while len(near := (~clear(shape, logits, bias)).nonzero()[:, 0]):
+            logits[near] = torch.randn(len(near), shape.experts, generator=generator, device=device)
+        weights, ids = choose(shape, logits.double(), bias)
+        made.append(Inputs(number % copies, x, logits, weights.float(), ids))
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import statistics
 from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +17,7 @@ from gpu import goals
 
 PACKAGES = ["triton", "transformers", "liger-kernel", "vllm", "sglang"]
 COLOURS = ["#c1272d", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b"]
-COLOURS += ["#222222", "#5e3c99", "#b8a400", "#7fbf7b"]
+COLOURS += ["#222222", "#5e3c99", "#b8a400", "#7fbf7b", "#8da0cb", "#e78ac3"]
 
 Result = dict[str, Any]
 
@@ -88,6 +89,7 @@ def table(result: Result) -> list[str]:
     lines += [_against(one) for one in result["summary"]]
     lines += [_variant(one) for one in goals.variants(result)]
     lines += _determinism(result)
+    lines += _tuned(result["tuning"])
     lines += goals.lines(result["goals"])
     lines += [f"without {name}: {reason}" for name, reason in result["unavailable"].items()]
     for name in dict.fromkeys(e["implementation"] for e in result["excluded"]):
@@ -143,6 +145,22 @@ def _variant(one: Result) -> str:
         f"{one['name']}: {one['geometric_mean']:.2f} times as fast as moec in the geometric mean of "
         f"{one['measured']}, at best {one['best']:.2f} ({one['shape']} M={one['tokens']})"
     )
+
+
+def _tuned(tuning: list[Result]) -> list[str]:
+    """Of each peer that was or could have been tuned: how often that helped, and how much."""
+    lines = []
+    for name in dict.fromkeys(one["implementation"] for one in tuning):
+        mine = [one for one in tuning if one["implementation"] == name]
+        tried = [one for one in mine if "untuned" not in one]
+        gains = [one["own_us"] / one["best_us"] for one in tried if one["config"] and one["own_us"]]
+        gain = f", {statistics.geometric_mean(gains):.2f} times as fast there" if gains else ""
+        better = sum(one["config"] is not None for one in tried)
+        lines.append(f"tuned {name} at {len(tried)} of {len(mine)}: better at {better}{gain}")
+        lines += [
+            f"not tuned {name}: {why}" for why in dict.fromkeys(o["untuned"] for o in mine if "untuned" in o)
+        ]
+    return lines
 
 
 def _determinism(result: Result) -> list[str]:

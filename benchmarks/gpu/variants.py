@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from gpu.goals import INVARIANT
 from gpu.problem import Weights
+from gpu.routers import asked
+from gpu.shapes import Shape
 from torch import Tensor
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, weights, ids -> y
@@ -42,16 +44,16 @@ class Variant:
 
         return run
 
-    def layer(self, given: Weights, top_k: int) -> Layer:
+    def layer(self, given: Weights, shape: Shape) -> Layer:
         """From the router's logits on in one call. Raises NotHere."""
         from moec.ops import building, routed_experts
 
         self._here()
-        how: dict[str, Any] = {"k": top_k, "score": "softmax", "renorm": True, **_scales(given)}
+        how: dict[str, Any] = {**asked(shape), **_scales(given)}
 
         def run(x: Tensor, logits: Tensor) -> Tensor:
             with building(**self.options):
-                return routed_experts(x, logits, given.w13, given.w2, **how)
+                return routed_experts(x, logits, given.w13, given.w2, given.bias, **how)
 
         return run
 
