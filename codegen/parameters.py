@@ -35,6 +35,7 @@ KINDS = {
     ("route", "bias"): "bias",
     ("route_sort", "bias"): "bias",
     ("route_sort_and_quant", "bias"): "bias",
+    ("routed_experts", "bias"): "bias",
     ("scaled", "scale"): "scale",
 }
 

@@ -7,6 +7,7 @@ import keyword
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,25 @@ def render_python(template: str, **values: Any) -> str:
         line = source.splitlines()[(error.lineno or 1) - 1]
         raise InternalError(f"{template} renders no Python: {error.msg} in {line!r}") from error
     return source
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the template of another kernel renders in a file whose function ``whole`` calls it.
+
+    It's called ``whole_name``. ``calls``: the name of another part that it calls, by what the template finds
+    under that name.
+    """
+
+    name: str
+    template: str
+    constants: dict[str, Any]
+    calls: str = ""
+
+    def text(self, whole: str) -> str:
+        called = {self.calls: f"{whole}_{self.calls}"} if self.calls else {}
+        constants = {**self.constants, **called}
+        return render_python(self.template, name=f"{whole}_{self.name}", **constants).strip()
 
 
 def render_text(template: str, **values: Any) -> str:

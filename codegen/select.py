@@ -56,9 +56,14 @@ def row_tiles(rows: float, block: int) -> float:
 
 
 def terms(
-    schedule: Schedule, problem: Problem, device: GPU, rows: float, constants: Constants = ASSUMED
+    schedule: Schedule,
+    problem: Problem,
+    device: GPU,
+    rows: float,
+    constants: Constants = ASSUMED,
+    programs: int | None = None,
 ) -> dict[str, float]:
-    """Seconds by term for ``rows`` rows an expert on average.
+    """Seconds by term for ``rows`` rows an expert on average; ``programs``: those of an SM, where others say.
 
     ``weights`` and ``activations``: their bytes through DRAM.
     ``in flight``, ``l2``, ``matrix unit``: what too few bytes on their way, the traffic between L2 and SMs,
@@ -72,7 +77,7 @@ def terms(
     active = problem.experts * -math.expm1(-rows)  # experts with rows
     tiles = tiles_of(schedule, problem, rows)
     started = tiles * schedule.split
-    programs = programs_per_sm(schedule, problem, device)
+    programs = programs or programs_per_sm(schedule, problem, device)
     busy = min(started, device.sms * programs)  # programs at once
     sms = min(started, device.sms)
 

@@ -12,6 +12,8 @@ from moec.errors import BadOption
 from moec.passes.manager import Pass, parse_pipeline
 
 LEVELS = (0, 1, 2, 3)
+# What no level runs, since nobody has measured what it gains: it is there by name.
+BY_NAME_ONLY = ("one-launch",)
 DEFAULT_LEVEL = 2
 
 

@@ -79,6 +79,7 @@ class Request:
     maxnreg: int | None = None  # registers per thread at most
     fp_fusion: bool = True  # a * b + c in one rounding
     language: str = "triton"  # or gluon, whose descriptors have the layout of their box's widest swizzle
+    cooperative: bool = False  # its programs wait for each other, so a launch has no more than fit at once
 
     def resolved(self) -> dict[str, str]:
         """The signature with numbers in descriptors' boxes. Raises BadArgument if it contradicts itself."""
@@ -128,6 +129,7 @@ class Request:
             "variant": self.variant,  # the entry's metadata says it
             "arch": self.arch,
             **self.payload(),
+            **({"cooperative": True} if self.cooperative else {}),
         }
         # As pairs: the order of a signature counts.
         text = json.dumps(about | {"signature": list(self.resolved().items())}, sort_keys=True)
@@ -267,6 +269,7 @@ def _cubin(request: Request, reply: dict[str, Any]) -> Cubin:
             for name in HIDDEN
         },
         "compiler": compiler_version(request.arch),
+        **({"cooperative": True} if request.cooperative else {}),
     }
     metadata["flags"] = _flags(request, data, metadata)
     return Cubin(data, metadata, facts(data, found["shared"]))

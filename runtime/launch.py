@@ -102,7 +102,12 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compile a kernel: a value for every constexpr, and Triton's options."""
+    """One way to compile a kernel: a value for every constexpr, and Triton's options.
+
+    ``phases``: how many the kernel has between which its programs wait for each other. It is launched
+    cooperatively, with no more programs than ``at_once`` says. Its constexpr PHASE, 0 for all of them, picks
+    one: Triton's interpreter runs one program after the other, so there each phase is a launch of its own.
+    """
 
     constants: Mapping[str, Constant]
     warps: int
@@ -110,6 +115,7 @@ class Variant:
     maxnreg: int | None = None
     unaligned: bool = False  # also compiled without promises
     fp_fusion: bool = True
+    phases: int = 1
 
 
 class Launchable(ABC):
@@ -257,6 +263,7 @@ class Kernel(Launchable):
             arch=arch,
             maxnreg=variant.maxnreg,
             fp_fusion=variant.fp_fusion,
+            cooperative=variant.phases > 1,
         )
 
     def twins(self) -> dict[str, bool]:
@@ -277,7 +284,10 @@ class Kernel(Launchable):
             name: value if box is None else TensorDescriptor.from_tensor(value, list(box[1]))
             for name, box, value in zip(arguments.names, arguments.boxes, args, strict=True)
         }
-        self.function[blocks](**values, **self.variants[variant].constants)  # type: ignore[index]
+        made = self.variants[variant]
+        for phase in range(1, made.phases + 1):
+            of_phase = {"PHASE": phase} if made.phases > 1 else {}
+            self.function[blocks](**values, **{**made.constants, **of_phase})  # type: ignore[index]
 
 
 @dataclass(frozen=True)

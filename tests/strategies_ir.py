@@ -644,6 +644,21 @@ def _grouped_linear_combine(g: Graph) -> Any:
     return g.op("grouped_linear_combine", *rows.op.operands[:3], slot, w, plus, **how)
 
 
+@draws("experts", "routed_experts")
+def _experts(g: Graph, name: str = "experts") -> Any:
+    w, _, slot, off = _route(g, "route_sort")
+    experts, inner, width = int(off.type.shape[0]) - 1, g.draw(small), g.draw(small)
+    x = g.x(N, g.draw(small))
+    w13 = g.param(x.type.dtype, experts, 2 * inner, x.type.shape[1])
+    w2 = g.param(x.type.dtype, experts, width, inner)
+    plus = g.x(N, width) if g.draw(st.booleans()) else None
+    how = {"act": g.draw(of(["silu", "gelu", "gelu_tanh"])), "limit": g.draw(of([None, 0.5]))}
+    how |= {"to": g.draw(of([None, bf16]))}  # never finer than what lies between the products
+    if name == "routed_experts":
+        return g.op(name, x, w13, w2, *w.op.operands, plus, **w.op.attrs, **how)
+    return g.op(name, x, w13, w2, off, slot, w, plus, **how)
+
+
 # Weights.
 @draws("stack")
 def _stack(g: Graph) -> Any:

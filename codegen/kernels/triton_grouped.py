@@ -59,6 +59,7 @@ class Flags:
     quant: str  # the format of the scales that the result gets; empty: it gets none
     split: bool  # several programs share a tile's K
     sums: Sums | None  # each token's rows are summed behind the product
+    phase: bool  # of a kernel for the whole layer
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,13 @@ class FormOfKernel:
 
     name: str
     flags: Flags
-    signature_lines: list[str]
+    signature: dict[str, str]
     schedules: tuple[Schedule, ...]
     bands: dict[Schedule, int]  # the height of each one's
+
+    @property
+    def signature_lines(self) -> list[str]:
+        return signature_lines(self.signature)
 
 
 def problem(op: Op) -> Problem:
@@ -199,9 +204,17 @@ def forms_of(op: Op, device: GPU, schedules: list[Schedule], sums: Sums | None =
 
 
 def form_of(
-    op: Op, device: GPU, name: str, schedules: tuple[Schedule, ...], sums: Sums | None = None
+    op: Op,
+    device: GPU,
+    name: str,
+    schedules: tuple[Schedule, ...],
+    sums: Sums | None = None,
+    phase: bool = False,
 ) -> FormOfKernel:
-    """The Triton function of these schedules, which differ in nothing that a template asks."""
+    """The Triton function of these schedules, which differ in nothing that a template asks.
+
+    ``phase``: it is one of a kernel for the whole layer.
+    """
     p, form, split = problem(op), schedules[0].form, schedules[0].split > 1
     dense, gather = op.name == "linear", p.gathered
     x, w = tensor(op.operands[0]), tensor(op.operands[1])
@@ -222,7 +235,8 @@ def form_of(
         persistent=schedules[0].persistent,
         # Rows that lie side by side come as whole tiles too. Few rows gain nothing, and a descriptor of a
         # tensor that is new in every step is work for the host.
-        x_descriptor=not gather and form != "swapped" and p.descriptors(device),
+        # And what other programs have stored in the same launch, descriptors would read past their fences.
+        x_descriptor=not gather and not phase and form != "swapped" and p.descriptors(device),
         w_descriptor=p.descriptors(device),
         k_tail=any(p.depth % s.block_k for s in schedules),
         n_tail=any(p.columns % s.block_n for s in schedules),
@@ -231,6 +245,7 @@ def form_of(
         quant=op.attrs["scale"] if p.quantised else "",
         split=split,
         sums=sums,
+        phase=phase,
     )
     element = TRITON_TYPES[p.dtype]
     signature = {"x": f"tensordesc<{element}[BLOCK_M, BLOCK_K]>" if flags.x_descriptor else f"*{element}"}
@@ -257,10 +272,10 @@ def form_of(
     if split or sums:
         signature["counters"] = "*i32"
     signature["R"] = "i32"
-    if sums:
+    if sums and not phase:
         signature["arrivals"] = "i32"
     bands = {s: band(s, p, device) for s in schedules}
-    return FormOfKernel(name, flags, signature_lines(signature), schedules, bands)
+    return FormOfKernel(name, flags, signature, schedules, bands)
 
 
 def product_type(op: Op) -> TensorType:

@@ -67,7 +67,8 @@ def _quantised(op: Op) -> dict[str, Any]:
     }
 
 
-def _route(op: Op, device: GPU) -> dict[str, Any]:
+def route_constants(op: Op, device: GPU) -> dict[str, Any]:
+    """What the templates of routers ask."""
     logits, bias, *_ = op.operands
     experts = tensor(logits).shape[1]
     groups = op.attrs["groups"]
@@ -95,7 +96,8 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _route_reasons(op: Op) -> list[str]:
+def route_reasons(op: Op) -> list[str]:
+    """Against a router."""
     logits, bias, *_ = op.operands
     types = [tensor(v) for v in (logits, bias) if v is not None]
     reasons = not_static(E=types[0].shape[1]) + not_float(*types)
@@ -170,15 +172,19 @@ QUANTISING = ("triton/expert_of.py.jinja", "triton/quantize.py.jinja")
 FP8 = tuple(name for name, device in GPUS.items() if device.fp8)
 
 register(
-    TritonKernel("route", "triton/route.py.jinja", _route, _route_reasons),
+    TritonKernel("route", "triton/route.py.jinja", route_constants, route_reasons),
     TritonKernel(
-        "route_sort", "triton/route_sort.py.jinja", _route, _route_reasons, ("triton/expert_of.py.jinja",)
+        "route_sort",
+        "triton/route_sort.py.jinja",
+        route_constants,
+        route_reasons,
+        ("triton/expert_of.py.jinja",),
     ),
     TritonKernel(
         "route_sort_and_quant",
         "triton/route_sort.py.jinja",
-        lambda op, device: _route(op, device) | _quantised(op),
-        lambda op: _route_reasons(op) + beside_reasons(op),
+        lambda op, device: route_constants(op, device) | _quantised(op),
+        lambda op: route_reasons(op) + beside_reasons(op),
         QUANTISING,
         FP8,
     ),

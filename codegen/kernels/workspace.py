@@ -15,6 +15,7 @@ import sympy
 
 from moec.ir.amount import NOTHING, Amount, bytes_as, bytes_of, total
 from moec.ir.op import Op, Param
+from moec.ir.ops.experts import parts_of
 from moec.ir.types import f32, symbol
 
 Workspace = Callable[[Op], Amount]
@@ -160,6 +161,20 @@ def _parts(op: Op) -> Amount:
     return total(bytes_of(r.type) for r in op.results) * 3
 
 
+def _between(op: Op) -> Amount:
+    """What a router gives, the first products, and the second ones before they are summed."""
+    route, up, down = parts_of(op)
+    chosen = total(bytes_of(r.type) for r in route.results) if route is not None else NOTHING
+    return chosen + bytes_of(up.results[0].type) + _by_slot(down)
+
+
+def _one_by_one(op: Op) -> Amount:
+    """The same, and beside it what PyTorch's functions of the parts need."""
+    _, up, down = parts_of(op)
+    scaled = with_weights(op) if _type(op, 0).scale else NOTHING
+    return _between(op) + scaled + _gathered(up) + _summed(down) + wide_copies(op)
+
+
 WORKSPACE: dict[str, Workspace] = {
     "torch.linear": _linear,
     "onednn.linear": _rows,
@@ -178,6 +193,8 @@ WORKSPACE: dict[str, Workspace] = {
     "torch.emulated_fp8_gather_grouped_linear": lambda op: with_weights(op) + _gathered(op),
     "torch.emulated_fp8_gather_grouped_linear_quant": lambda op: with_weights(op) + _gathered(op),
     "torch.gather_grouped_linear_quant": lambda op: wide_copies(op) + _gathered(op),
+    "torch.experts": _one_by_one,
+    "torch.routed_experts": _one_by_one,
     "torch.swiglu": _swiglu,
     "torch.route": times(0, 7 * 32),  # scores, and what is sorted by them
     "torch.sort_by_expert": _sorted,
@@ -199,6 +216,10 @@ WORKSPACE: dict[str, Workspace] = {
     "triton.combine": _places,
     "triton.grouped_linear_combine": lambda op: _by_slot(op) + _split(op),
     "triton.fp8_grouped_linear_combine": lambda op: _by_slot(op) + _split(op),
+    "triton.experts": _between,
+    "triton.fp8_experts": _between,
+    "triton.routed_experts": _between,
+    "triton.fp8_routed_experts": _between,
     "triton.grouped_linear": _split,
     "triton.fp8_grouped_linear": _split,
     "triton.gather_grouped_linear": _split,

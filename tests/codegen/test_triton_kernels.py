@@ -43,6 +43,7 @@ INTERPRETED = [
     "triton_interpreted_fp8.py",
     "triton_interpreted_persistent.py",
     "triton_interpreted_few.py",
+    "triton_interpreted_experts.py",
     "triton_interpreted_gluon.py",
     "triton_interpreted_sort_quant.py",
 ]

@@ -140,6 +140,96 @@ def grouped_combine_op(
     return op(args, line + (f" {{{', '.join(attrs)}}}" if attrs else ""), f"{to or made}[T,{columns}]")
 
 
+def experts_op(
+    dtype: str,
+    experts: int,
+    inner: int,
+    width: int,
+    k: int,
+    *,
+    scales: tuple[str, str] = ("", ""),
+    quant: str = "",
+    rows: str = "bf16",
+    h: str = "bf16",
+    weights: str = "f32",
+    to: str = "",
+    act: str = "silu",
+    limit: float | None = None,
+    plus: str | None = None,
+) -> Op:
+    """``experts``: tokens of ``width`` values, ``inner`` between the products.
+
+    ``scales``: as for ``grouped_op``; ``rows`` and ``h`` are the dtypes of what scaled operands make.
+    """
+    args = [*_weights(dtype, experts, inner, width, scales, quant, h)]
+    args += [f"%off: i32[{experts + 1}]", f"%slot: i32[{k}*T~{experts}]", f"%weights: {weights}[T,{k}]"]
+    args += [f"%plus: {plus}[T,{width}]"] if plus else []
+    attrs, made = _epilogue(dtype, scales, quant, rows, h, to, act, limit)
+    line = f"experts(%x, %w13, %w2, %off, %slot, %weights{', %plus' if plus else ''}) {{{', '.join(attrs)}}}"
+    return op(args, line, f"{made}[T,{width}]")
+
+
+def routed_experts_op(
+    router: Op,
+    dtype: str,
+    inner: int,
+    width: int,
+    *,
+    scales: tuple[str, str] = ("", ""),
+    quant: str = "",
+    rows: str = "bf16",
+    to: str = "",
+    plus: str | None = None,
+) -> Op:
+    """``routed_experts``, chosen as ``router`` does."""
+    logits, bias = (tensor(v) if v is not None else None for v in router.operands)
+    assert logits
+    experts = logits.shape[1] + router.attrs["shared"]
+    args = [*_weights(dtype, experts, inner, width, scales, quant, rows), f"%logits: {logits}"]
+    args += [f"%bias: {bias}"] if bias else []
+    args += [f"%plus: {plus}[T,{width}]"] if plus else []
+    attrs, made = _epilogue(dtype, scales, quant, rows, rows, to, "silu", None)
+    attrs += [
+        f"{name}={str(value).lower()}"
+        for name, value in router.attrs.items()
+        if value != type(router).attr_specs[name].default
+    ]
+    operands = f"%x, %w13, %w2, %logits, {'%bias' if bias else '_'}{', %plus' if plus else ''}"
+    return op(args, f"routed_experts({operands}) {{{', '.join(attrs)}}}", f"{made}[T,{width}]")
+
+
+def _weights(
+    dtype: str, experts: int, inner: int, width: int, scales: tuple[str, str], quant: str, h: str
+) -> list[str]:
+    x, w = (f"@s{block}" if block else "" for block in scales)
+    second = f"{dtype}[{experts},{width},{inner}]{w}" if quant or not x else f"{h}[{experts},{width},{inner}]"
+    return [
+        f"%x: {dtype}[T,{width}]{x}",
+        f"%w13: {dtype}[{experts},{2 * inner},{width}]{w}",
+        f"%w2: {second}",
+    ]
+
+
+def _epilogue(
+    dtype: str,
+    scales: tuple[str, str],
+    quant: str,
+    rows: str,
+    h: str,
+    to: str,
+    act: str,
+    limit: float | None,
+) -> tuple[list[str], str]:
+    """Attributes, and the dtype of the result."""
+    attrs = [f"act={act}"] * (act != "silu") + [f"limit={limit}"] * (limit is not None)
+    attrs += [f"to={to}"] * bool(to)
+    if quant:
+        attrs += ["quant=1x128", f"quant_scale={quant}", f"rows={rows}"]
+    elif scales[0]:
+        attrs.append(f"h={h}")
+    return attrs, to or (rows if quant else h if scales[0] else dtype)
+
+
 def sort_op(k: int, experts: int) -> Op:
     text = f"sort_by_expert(%id) {{experts={experts}}}"
     return op([f"%id: i32[T,{k}]"], text, f"i32[{k}*T~{experts}], i32[{experts + 1}]")

@@ -62,6 +62,24 @@ GOOD: dict[str, tuple[list[str], dict[str, Any], str]] = {
         {},
         "bf16[N,32]",
     ),
+    "experts": (
+        [
+            "bf16[N,64]",
+            "bf16[256,64,64]",
+            "bf16[256,48,32]",
+            "i32[257]",
+            "i32[8*N~256]",
+            "f32[N,8]",
+            "bf16[N,48]",
+        ],
+        {"limit": 7.0},
+        "bf16[N,48]",
+    ),
+    "routed_experts": (
+        ["bf16[N,64]", "bf16[257,64,64]", "bf16[257,48,32]", "f32[N,256]", "f32[256]", "bf16[N,48]"],
+        {"score": "sigmoid", "k": 8, "shared": 1},
+        "bf16[N,48]",
+    ),
     "kv_cache_write": (
         [
             "cache<bf16[8,128], page=64>",
@@ -373,6 +391,15 @@ BAD: list[tuple[str, dict[int | str, Any], str]] = [
         {"rows": f32},
         "to is f32, but only a product of scaled operands leaves their dtype",
     ),
+    ("experts", {1: "bf16[256,63,64]"}, "%w13 is bf16[256,63,64]: gate and up need an even number of rows"),
+    ("experts", {2: "bf16[256,48,31]"}, "K is 32 in %h but 31 in %w2"),
+    ("experts", {3: "i32[256]"}, "E+1 is 257 in %w13 but 256 in %off"),
+    ("experts", {5: "f32[N,4]"}, "T·k is 8*N in %h but 4*N in %weights"),
+    ("experts", {5: "f32[N,K]"}, "%weights is f32[N,K]: k isn't known"),
+    ("experts", {"limit": -1.0}, "limit is -1.0; it must be a positive number in float32"),
+    ("routed_experts", {1: "bf16[256,64,64]"}, "E + shared is 257 in %logits but 256 in %w13"),
+    ("routed_experts", {"k": 300}, "k is 300 of 256 experts"),
+    ("routed_experts", {5: "bf16[N,47]"}, "%plus is bf16[N,47] but the result bf16[N,48]"),
     ("head_linear", {0: "bf16[N,64]"}, "%x is bf16[N,64], not of rank 3"),
     ("head_linear", {1: "bf16[32,64]"}, "%w is bf16[32,64], not of rank 3"),
     (
