@@ -42,6 +42,7 @@ class Composed:
     top_k: int
     deep_gemm: Any
     masked: bool
+    many: int = 1024  # tokens from which on a program copies a whole row: each sums up all experts' sizes
 
     def __post_init__(self) -> None:
         kind = "fp8" if self.quantise else "bf16"
@@ -84,7 +85,8 @@ class Composed:
         )
         a, a_scale = x.new_empty(*shape, hidden, dtype=dtype), self.scales(x, shape, deep)
         owner = counts if self.masked else counts.new_empty(rows)
-        glue.scatter[tokens + (0 if self.masked else rows // self.align), across](
+        wide = min(64, triton.next_power_of_2(deep)) if tokens >= self.many else glue.WIDE
+        glue.scatter[tokens + (0 if self.masked else rows // self.align), -(-deep // wide)](
             small,
             scales,
             ids,
@@ -102,7 +104,7 @@ class Composed:
             self.top_k,
             triton.next_power_of_2(experts),
             self.align,
-            glue.WIDE,
+            wide,
             self.masked,
             self.quantise,
         )

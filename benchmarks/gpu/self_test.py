@@ -18,6 +18,8 @@ from torch import Tensor
 class Products:
     """What ``gpu.deepgemm`` wants of the module deep_gemm, in double precision. Rows of nobody become NaN."""
 
+    owned = 0  # rows that the last contiguous product had to compute
+
     @staticmethod
     def get_mk_alignment_for_contiguous_layout() -> int:
         return 4
@@ -25,6 +27,7 @@ class Products:
     @staticmethod
     def m_grouped_bf16_gemm_nt_contiguous(a: Any, b: Any, d: Tensor, owner: Tensor) -> None:
         assert len(owner) == len(d) and len(d) % 4 == 0
+        Products.owned = int((owner >= 0).sum())
         rows, weights = _wide(a), b[0] if isinstance(b, tuple) else b
         d.fill_(torch.nan)
         for e in range(len(weights)):
@@ -61,7 +64,14 @@ def _matrix(b: Any, e: int) -> Tensor:
 
 def contiguous(given: Weights, top_k: int) -> Experts:
     """DeepGEMM's contiguous layout round a stand-in for its products."""
-    return Composed(given, top_k, Products, masked=False)
+    composed = Composed(given, top_k, Products, masked=False, many=8)
+
+    def run(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        y = composed(x, weights, ids)
+        assert Products.owned == ids.numel()  # what pads an expert's rows is nobody's, and isn't computed
+        return y
+
+    return run
 
 
 def masked(given: Weights, top_k: int) -> Experts:

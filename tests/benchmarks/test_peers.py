@@ -249,7 +249,7 @@ def test_the_kernels_round_deep_gemm_compile_for_hopper(
         (
             glue.scatter,
             [small, FLOAT, INT, INT, INT, small, FLOAT, INT, INT],
-            {"top_k": 6, "lanes": 256, "ALIGN": 128, "masked": masked, **how},
+            {"top_k": 6, "lanes": 256, "ALIGN": 128, "masked": masked, **how, "wide": 64},
         ),
         (glue.swiglu, [wide, INT, small, FLOAT], how),
         (glue.combine, [wide, INT, FLOAT, wide], {"top_k": 6, "block": 1024}),
