@@ -148,7 +148,7 @@ def compiler_version() -> str:
         reason = str(error).splitlines()
         raise CompilerMissing(
             f"CUDA kernels are compiled by NVRTC, which can't be loaded: {reason[0] if reason else error!r}",
-            notes=[INSTALL],
+            notes=[INSTALL, "--kernels triton (MOEC_KERNELS=triton) has routers that need none"],
         ) from None
     build = re.search(rb"V\d[\d.]*", text)
     return f"nvrtc {build.group().decode() if build else '?'}"

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import moec
 from moec import models
-from moec.errors import DeviceUnavailable, InterpreterOff, OutputUnwritable
+from moec.errors import CompilerMissing, DeviceUnavailable, InterpreterOff, OutputUnwritable
+from moec.runtime import nvrtc
 from moec.runtime.compile import compile_many
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +58,21 @@ def test_its_kernels_are_compiled_and_described(built: moec.Built) -> None:
         if kernel["kernel"].endswith("_tokens_sum"):
             continue  # where tokens are many, the sum is a kernel of its own
         assert any(name.startswith("HGMMA") for name in kernel["facts"]["matrix"]), kernel["kernel"]
+
+
+def test_without_nvrtc_there_are_tritons_routers(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvrtc.compiler_version.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    monkeypatch.delattr("cuda.bindings.nvrtc", raising=False)
+    given: dict[str, Any] = {"cache": str(cache), "force": True}
+    with pytest.raises(CompilerMissing, match="--kernels triton"):
+        moec.build(spec("f16"), "sm_90a", tmp_path / "layer", options=moec.BuildOptions(**given))
+    assert not (tmp_path / "layer").exists()
+    options = moec.BuildOptions(**given, kernels="triton")
+    package = moec.build(spec("f16"), "sm_90a", tmp_path / "layer", options=options)
+    assert any("route" in k["kernel"] for k in package.manifest["kernels"])
 
 
 def test_a_fused_op_is_one_call(built: moec.Built) -> None:
