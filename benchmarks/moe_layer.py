@@ -44,6 +44,7 @@ from gpu.peers import (
 from gpu.problem import DTYPES, TOLERANCE, Inputs, Weights, difference, draw_inputs, draw_weights
 from gpu.shapes import QUICK_SHAPES, QUICK_TOKENS, SELF_TEST_SHAPES, SELF_TEST_TOKENS, SHAPES, TOKENS, Shape
 from gpu.timing import Call, Clock, Measured, Roofs, cache_size, roofs
+from gpu.variants import VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -71,6 +72,8 @@ class Run:
         for number in tokens:
             given = draw_inputs(shape, number, self.dtype, self.clock.device, self.cache, len(copies))
             for name, adapter in self.adapters.items():
+                if name in VARIANTS and number > (VARIANTS[name].most_tokens or number):
+                    continue
                 about = {"shape": shape.name, "tokens": number, "implementation": name}
                 progress(f"{shape.name} M={number} {name}")
                 try:

@@ -26,10 +26,14 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Variant:
-    """``options`` are those of ``moec.ops.building``, ``capability`` is that of the GPUs that it is for."""
+    """``options`` are those of ``moec.ops.building``, ``capability`` is that of the GPUs that it is for.
+
+    With more than ``most_tokens`` it is what another row is, and isn't measured.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
+    most_tokens: int | None = None
 
     def experts(self, given: Weights, top_k: int) -> Experts:
         """Raises NotHere."""
@@ -72,8 +76,15 @@ def _scales(given: Weights) -> dict[str, Tensor | None]:
 
 
 GLUON = "moec (gluon)"
+ONE_LAUNCH = "moec (one launch)"
+# That of GPUs, with one-launch before kernels are chosen. In fp8 x is quantised in a launch of its own.
+TOGETHER = (
+    "canonicalise,expert-grouping,canonicalise,permute-fusion{route_sort=true,combine=true},"
+    "sort-quant-fusion,one-launch,select,plan"
+)
 VARIANTS = {
     "moec": Variant(),
     INVARIANT: Variant({"batch_invariant": True}),  # one schedule whatever M is
     GLUON: Variant({"kernels": "gluon"}, (9, 0)),  # warps with tasks of their own, for many tokens
+    ONE_LAUNCH: Variant({"passes": TOGETHER}, most_tokens=16),
 }

@@ -162,7 +162,7 @@ def test_a_row_for_another_gpu_says_so(gpu: Callable[[str], Any], monkeypatch: p
     monkeypatch.setattr(peers, "draw_weights", lambda *given, **how: [FakeWeights()])
     mine = {name: v.experts for name, v in variants.VARIANTS.items()}
     able, reasons = peers.installed(mine, torch.bfloat16)
-    assert list(able) == ["moec", "moec (batch invariant)"]
+    assert list(able) == ["moec", "moec (batch invariant)", "moec (one launch)"]
     assert reasons == {"moec (gluon)": "it is for compute capability 9.0, and this is 8.0"}
 
 
