@@ -80,10 +80,14 @@ def ordered(q: torch.Tensor) -> torch.Tensor:
     return torch.where(bits >= 128, 128 - bits, bits)
 
 
-def within_one_rounding(found: Any, expected: Scaled) -> None:
+# Of 1 + erf(x) in its tail little more is left than what both round off: |gate · up| · 2⁻²³ / 448.
+GELU_TAIL = 5e-9
+
+
+def within_one_rounding(found: Any, expected: Scaled, atol: float = 0.0) -> None:
     """Scales equal but for the last bits of an amax; values next to each other; the same NaN."""
     q, scale = found
-    torch.testing.assert_close(scale, expected.scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scale, expected.scale, rtol=1e-5, atol=atol)
     nan = expected.q.float().isnan()
     assert torch.equal(q.float().isnan(), nan)
     assert ((ordered(q) - ordered(expected.q)).abs() <= 1)[~nan].all()
@@ -226,7 +230,7 @@ def test_gather_grouped_linear(
     found = call(op, source(op, target, [schedule]), FOLDER["kernels"], x, w, slot, off)
     expected = type(op).reference(x, w, slot, off, **op.attrs)
     if quant:
-        within_one_rounding(found, expected)
+        within_one_rounding(found, expected, GELU_TAIL if act and act.startswith("gelu") else 0.0)
     else:
         close(found, expected)
 

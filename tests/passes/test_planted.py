@@ -104,6 +104,10 @@ PLANTED: dict[str, tuple[str, Plant]] = {
     "merge-projections": ("canonicalise", swap_parts(merge_projections)),
     "mla-absorb": ("canonicalise", spoil("latent_attention", scale=lambda scale: 1.0)),
     "norm-fusion": ("canonicalise", spoil("add_rms_norm", eps=lambda eps: 1.0)),
+    "one-launch": (
+        "canonicalise,expert-grouping,permute-fusion{route_sort=true,combine=true}",
+        spoil("routed_experts", scale=lambda scale: 1.0),
+    ),
     "paged-attention": ("canonicalise", spoil("paged_attention", scale=lambda scale: 1.0)),
     "permute-fusion": (
         "canonicalise,expert-grouping",
