@@ -65,7 +65,7 @@ def pick(problem: Problem, device: GPU, specialised: bool = False) -> Ladder:
     """
     how = choosing()
     if not how.batch_invariant and not measured(problem, device):
-        return ladder(problem, device, _constants(device, how))
+        return ladder(problem, device, model_constants(device, how))
     if GPUS.get(device.name) is device:
         return list(_pick_for_target(problem, device.name, how, specialised))
     return _pick(problem, device, how, specialised)
@@ -104,10 +104,12 @@ def _pick(problem: Problem, device: GPU, how: Choosing, specialised: bool) -> La
         return [(math.inf, _one_for_all(_seconds(problem, device, how, every=True)))]
     if measured(problem, device, how):
         return least_loss(_seconds(problem, device, how, specialised=specialised))
-    return ladder(problem, device, _constants(device, how))
+    return ladder(problem, device, model_constants(device, how))
 
 
-def _constants(device: GPU, how: Choosing) -> Constants:
+def model_constants(device: GPU, how: Choosing | None = None) -> Constants:
+    """Those of the model: fitted ones of the device's tuning file, where it has such."""
+    how = how or choosing()
     fitted = how.tuning and how.tuning.target == device.name and how.tuning.constants
     return fitted or ASSUMED
 
@@ -133,7 +135,7 @@ def _seconds(
             if usable:
                 found[rows] = usable
                 continue
-        choices = explain(problem, device, rows, _constants(device, how))
+        choices = explain(problem, device, rows, model_constants(device, how))
         model = {
             c.schedule: c.seconds for c in choices if every or eligible(c.schedule, problem, device, rows)
         }

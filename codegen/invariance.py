@@ -18,6 +18,7 @@ from moec.ir.devices import GPUS
 from moec.ir.graph import Module
 from moec.ir.op import Op
 from moec.ir.ops.control import Loop, Return
+from moec.ir.ops.experts import taken_apart
 from moec.ir.ops.weights import Bind
 from moec.ir.weights import WEIGHTS
 
@@ -41,21 +42,24 @@ def report(module: Module, target: str) -> dict[str, Any]:
 
     ``not``: the ops, by kernel, whose results may depend on the batch all the same. ``cost``: for each
     product its schedule, and by rows an expert how many times as long it takes (by the model, or measured).
+    ``unknown``: the products whose cost no model says, as Gluon emits them by name.
     """
     kernels: dict[str, set[str]] = {}
     products: dict[Problem, list[str]] = {}
+    unknown: list[str] = []
     for op in computed(module):
         record = select(op, target)
         if not (record.row_by_row or op.name in EXACT or (op.name in POINTWISE and target in GPUS)):
             kernels.setdefault(record.name, set()).add(op.name)
-        # What warps with tasks of their own take, which an op has by name here, no model says.
-        gluon = isinstance(record, GluonKernel)
-        if isinstance(record, TritonKernel) and record.problem is not None and not gluon:
+        if isinstance(record, GluonKernel):
+            unknown += [op.name] * (op.name not in unknown)
+        elif isinstance(record, TritonKernel) and record.problem is not None:
             found = products.setdefault(record.problem(op), [])
             found += [op.name] * (op.name not in found)
     return {
         "not": {name: sorted(ops) for name, ops in sorted(kernels.items())},
         "cost": [_price(problem, ops, target) for problem, ops in products.items()],
+        "unknown": unknown,
     }
 
 
@@ -71,13 +75,14 @@ def warning(found: dict[str, Any]) -> str:
 
 
 def computed(module: Module) -> list[Op]:
-    """The ops of a step that a kernel emits, in order."""
+    """The ops of a step that a kernel emits, in order; of one that has parts, these: their kernels."""
     return [
-        op
+        part
         for function in module
         if function.name.split(".")[0] != WEIGHTS
         for op in function.ops
         if not isinstance(op, Loop | Return | Bind)
+        for part in taken_apart(op)
     ]
 
 

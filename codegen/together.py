@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-from moec.codegen.constants import ASSUMED
+from moec.codegen.constants import ASSUMED, Constants
 from moec.codegen.schedules import Problem, Schedule, space
 from moec.codegen.select import programs_per_sm, terms
 from moec.ir.devices import GPUS
@@ -18,7 +18,9 @@ MOST_TOKENS = 16  # of one launch: a program chooses for a token or two, and one
 
 
 @lru_cache(maxsize=256)
-def together(up: Problem, down: Problem, top_k: int, target: str) -> tuple[Schedule, Schedule] | None:
+def together(
+    up: Problem, down: Problem, top_k: int, target: str, constants: Constants = ASSUMED
+) -> tuple[Schedule, Schedule] | None:
     """The pair that loses least over 1 to 16 tokens, Σ log(seconds / least seconds); None where none fits."""
     device = GPUS[target]
     tokens = [1 << i for i in range(MOST_TOKENS.bit_length())]
@@ -31,7 +33,7 @@ def together(up: Problem, down: Problem, top_k: int, target: str) -> tuple[Sched
         key = (problem, s, programs)
         if key not in known:
             rows = [t * top_k / problem.experts for t in tokens]
-            known[key] = [sum(terms(s, problem, device, r, ASSUMED, programs).values()) for r in rows]
+            known[key] = [sum(terms(s, problem, device, r, constants, programs).values()) for r in rows]
         return known[key]
 
     def both(a: Schedule, b: Schedule) -> list[float]:

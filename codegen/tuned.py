@@ -178,6 +178,7 @@ class _Reader:
             return None
         wrong = [k for k, v in given.items() if type(v) is not python.get(kinds[k], type(v))]
         wrong += [k for k, v in given.items() if v == "" or (type(v) is int and v < 1)]
+        wrong += [k for k in ("itemsize", "result") if given.get(k, 4) not in (1, 2, 4)]
         try:
             made = None if wrong else Problem(**given)
         except TypeError:  # a field is missing

@@ -67,6 +67,8 @@ class BuildOptions:
         """Raises BadOption for a value out of range. A dtype may have PyTorch's name."""
         spelled = str(self.dtype).removeprefix("torch.")
         object.__setattr__(self, "dtype", _TORCH_NAMES.get(spelled, self.dtype))
+        if isinstance(self.cache, os.PathLike):
+            object.__setattr__(self, "cache", os.fspath(self.cache))
         for name, value in (
             ("target", self.target),
             ("passes", self.passes),
@@ -75,12 +77,15 @@ class BuildOptions:
             ("resume", self.resume),
             ("tuning", self.tuning),
             ("kernels", self.kernels),
+            ("cache", self.cache),
         ):
             if not isinstance(value, str) and not (value is None and name != "target"):
                 raise BadOption(f"{name} is {value!r}; it must be text")
+            if value == "" and name in ("tuning", "cache"):
+                raise BadOption(f"{name} is empty; it must name a {'file' if name == 'tuning' else 'folder'}")
         if not isinstance(self.batch_invariant, bool):
             raise BadOption(f"batch_invariant is {self.batch_invariant!r}; it must be true or false")
-        if self.opt_level not in (0, 1, 2, 3):
+        if type(self.opt_level) is not int or self.opt_level not in (0, 1, 2, 3):
             raise BadOption(f"opt_level is {self.opt_level!r}; it must be 0, 1, 2 or 3")
         if not isinstance(self.fp8, bool | str):
             raise BadOption(f"fp8 is {self.fp8!r}; it must be true, false or a recipe")

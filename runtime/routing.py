@@ -87,7 +87,10 @@ def recording(code: ModuleType, layers: list[list[int]]) -> Iterator[RoutingTrac
     """
     routers = [name for name, value in vars(code).items() if _is_router(value)]
     if not routers or not layers:
-        raise BadInput("the model has no routed layers: there is nothing to record")
+        raise BadInput(
+            "the model has no routed layers, or they choose inside of kernels: there is nothing to record",
+            notes=["what one-launch makes of a layer tells no choices; one-launch{route=false} does"],
+        )
     trace, chosen = RoutingTrace(tuple(n for n, _ in layers)), [k for _, k in layers]
     before = {name: vars(code)[name] for name in (*routers, *ENTRIES) if name in vars(code)}
     for name, function in before.items():

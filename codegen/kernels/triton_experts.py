@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from moec.codegen.choosing import choosing
+from moec.codegen.choosing import choosing, model_constants
 from moec.codegen.kernels import register
 from moec.codegen.kernels.triton import TritonKernel, pointer, signature_lines, tensor
 from moec.codegen.kernels.triton_grouped import (
@@ -48,7 +48,7 @@ def constants(op: Op, device: GPU) -> dict[str, Any]:
     route, up_op, down_op = parts_of(op)
     plus = down_op.operands[5] is not None
     top_k = tensor(down_op.operands[4]).shape[1]
-    pair = together(problem(up_op), problem(down_op), top_k, device.name)
+    pair = together(problem(up_op), problem(down_op), top_k, device.name, model_constants(device))
     if pair is None:
         raise TypeError(f"{op} has no schedules for {device.name}")
     up = form_of(up_op, device, "up_tiles", pair[:1], phase=True)

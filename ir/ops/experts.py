@@ -50,6 +50,11 @@ class _Fused(Op):
         return reduce(add, (part.cost() for part in self.parts()))
 
 
+def taken_apart(op: Op) -> tuple[Op, ...]:
+    """The parts of ``op`` where it has any, else ``op`` itself."""
+    return op.parts() if isinstance(op, _Fused) else (op,)
+
+
 def parts_of(op: Op) -> tuple[Op | None, Op, Op]:
     """The router, if it's among the parts of ``op``, and both products."""
     if not isinstance(op, _Fused):

@@ -141,6 +141,9 @@ def schedules(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             found.append(
                 ("", f"{what}, by the model up to {worst:.2f} times as long, at {rows:g} rows an expert")
             )
+        if unknown := invariant["unknown"]:
+            what = f"{', '.join(unknown)}: Gluon's kernels, by name"
+            found.append(("", f"{what}, in tiles of 128 rows for any number; what that costs no model says"))
     return found
 
 

@@ -286,7 +286,7 @@ def result(x: Tensor) -> torch.dtype:
 
 
 def make_key(form: str, x: Tensor, sizes: tuple[int, int, int], **constants: Any) -> Key:
-    """``sizes``: experts, hidden and width. MOEC_BATCHINVARIANT makes all calls batch invariant."""
+    """``sizes``: experts, hidden and width. MOEC_BATCH_INVARIANT makes all calls batch invariant."""
     target, interpret = target_of(x.device)
     constants["batch_invariant"] = constants.get("batch_invariant", False) or options().batch_invariant
     if "blocks" in constants and target in GPUS and not GPUS[target].fp8:

@@ -23,9 +23,10 @@ from moec.codegen.kernels import KERNELS
 from moec.codegen.schedules import Problem
 from moec.codegen.select import ROWS, explain, ladder
 from moec.errors import BadSchedule
-from moec.ir import OPS, Module, parse_module, print_module
+from moec.ir import OPS, Module, parse_module, print_module, read_module
 from moec.ir.devices import GPUS
 from moec.ir.types import f32
+from moec.tune.products import products
 from tests.codegen.packages import moe_layer
 from tests.codegen.test_triton_select import PROBLEMS, V3_DOWN, V3_UP
 
@@ -94,6 +95,34 @@ def test_what_is_not_invariant_is_named(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         plain = moec.build(moe_layer(), "cpu", tmp_path / "plain").manifest
     assert plain["batch_invariant"] is None and plain["tuning"] is None
+
+
+def test_what_one_launch_and_gluon_cost_is_not_left_out(tmp_path: Path) -> None:
+    """Products inside of one op are priced, and tuned, as outside; those that no model knows are named."""
+    apart = "canonicalise,expert-grouping,canonicalise,permute-fusion{route_sort=true,combine=true}"
+    found, tuned = {}, {}
+    for name, pipeline, kernels in [
+        ("steps", f"{apart},select,plan", None),
+        ("once", f"{apart},one-launch,select,plan", None),
+        ("gluon", f"{apart},select,plan", "gluon"),
+    ]:
+        options = moec.BuildOptions(
+            batch_invariant=True, cache=str(tmp_path / "cache"), passes=pipeline, kernels=kernels
+        )
+        with pytest.warns(UserWarning, match="batch_invariant"):
+            built = moec.build(wide_layer(), "sm_90a", tmp_path / name, "bf16", options)
+        found[name] = built.manifest["batch_invariant"]
+        tuned[name] = [p.problem for p in products(read_module(built.ir_files[-1]), "sm_90a")[0]]
+    assert len(found["steps"]["cost"]) == 2 and found["steps"]["unknown"] == []
+    assert found["once"] == found["steps"] and tuned["once"] == tuned["steps"] and len(tuned["once"]) == 2
+    assert found["gluon"]["cost"] == []
+    assert found["gluon"]["unknown"] == ["gather_grouped_linear", "grouped_linear_combine"]
+
+
+def wide_layer() -> models.Layer:
+    """Of a size that Gluon's kernels take."""
+    block = models.MoE(models.Router(experts=4, top_k=2, renorm=True), models.Experts(4, intermediate=128))
+    return models.Layer(block, hidden=256, dtype="bf16", name="layer")
 
 
 def selected() -> Module:

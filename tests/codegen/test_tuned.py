@@ -91,7 +91,7 @@ def test_reading(write: Write) -> None:
         ({"problems": [TWICE]}, ["made-up.json:", "points[2].rows is 0.5, which another point has too"]),
         *(
             ({"problems": [PRODUCT | {"problem": PRODUCT["problem"] | wrong}]}, ["problems[0].problem"])
-            for wrong in ({"experts": -8}, {"depth": 0}, {"dtype": ""})
+            for wrong in ({"experts": -8}, {"depth": 0}, {"dtype": ""}, {"itemsize": 256}, {"itemsize": 3})
         ),
         ({"format": True}, ["format True", "tune again"]),
         ({"text": '{"format": ' + "1" * 5000 + "}"}, ["no tuning file"]),
