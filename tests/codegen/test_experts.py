@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from moec.codegen.choosing import Choosing, choose_by
+from moec.codegen.constants import Constants
 from moec.codegen.kernels import select
 from moec.codegen.kernels.triton_grouped import problem
 from moec.codegen.select import programs_per_sm
 from moec.codegen.together import together
+from moec.codegen.tuned import Tuning
 from moec.ir.devices import GPUS
 from moec.ir.op import Op
 from moec.ir.ops.experts import parts_of
@@ -130,6 +132,16 @@ def test_both_schedules_fit_one_launch() -> None:
         assert all(
             programs_per_sm(s, p, device) >= 1 for s, p in zip(pair, map(problem, (up, down)), strict=True)
         )
+
+
+def test_the_pair_goes_by_a_device_s_fitted_constants() -> None:
+    """Memory that takes longer to answer asks for more stages."""
+    op, slow = FLOATS["qwen3"](), Constants(latency=1e-5)
+    pair = "-".join(s.tile for s in together(*map(problem, parts_of(op)[1:]), 8, "sm_90a", slow) or ())
+    tuning = Tuning(Path("x.json"), "a GPU", "sm_90a", {}, slow, {}, {})
+    with choose_by(Choosing(tuning=tuning)):
+        fitted = source(op)
+    assert f'"{pair}": Variant(' in fitted and f'"{pair}": Variant(' not in source(op)
 
 
 def test_batch_invariant_builds_launch_step_by_step() -> None:
